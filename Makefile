@@ -1,0 +1,25 @@
+# One word per verb; CI runs the same ones. PYTHON may point at any environment that has the dev extra.
+PYTHON ?= python
+PYTEST = $(PYTHON) -m pytest
+
+.PHONY: serve lint test test-all mutants bench
+
+serve:      ## serve the bundled tiny-oss on http://127.0.0.1:8000
+	$(PYTHON) -m moeray serve
+
+lint:       ## format check, lint, types
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test:       ## the fast suite
+	$(PYTEST) -m "not slow"
+
+test-all:   ## every test, the long property runs included
+	$(PYTEST)
+
+mutants:    ## put known bugs into a copy; each must be caught by its test
+	$(PYTHON) -m tests.mutate
+
+bench:      ## measure against transformers in one run and write docs/benchmarks.md
+	$(PYTHON) -m tests.bench

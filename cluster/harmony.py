@@ -1,0 +1,206 @@
+"""Splitting a model's answer into what is said, what is thought and what is called.
+
+gpt-oss writes harmony: messages of ``<|start|>HEADER<|message|>TEXT`` closed by ``<|end|>``,
+``<|return|>`` or ``<|call|>``, where the header names a role, a channel and perhaps a recipient
+(https://cookbook.openai.com/articles/openai-harmony). The splitter here is total: any token
+sequence whatever gives deltas, no control token reaches them, and what makes no sense becomes
+content. Its result does not depend on how the sequence is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from cluster.text import Text
+
+Kind = Literal["content", "reasoning", "call"]
+
+# Longer than any header: a role, a channel and a 64-character function name, a byte per token.
+HEADER_TOKENS = 256
+_RECIPIENT = re.compile(r"(?:^|\s)to=(\S+)")
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """More text of one kind. ``call`` counts the tool calls of an answer from 0; the first delta of
+    a call has its function's ``name`` and no text."""
+
+    kind: Kind
+    text: str
+    call: int = -1
+    name: str = ""
+
+
+class Splitter(Protocol):
+    def feed(self, tokens: Sequence[int]) -> list[Delta]: ...
+
+    def finish(self) -> list[Delta]:
+        """What is still held back; the splitter is not used again."""
+        ...
+
+
+class Plain:
+    """For models without channels: everything is content."""
+
+    def __init__(self, text: Text) -> None:
+        self._detokenizer = text.detokenizer()
+
+    def feed(self, tokens: Sequence[int]) -> list[Delta]:
+        return _content(self._detokenizer.feed(tokens))
+
+    def finish(self) -> list[Delta]:
+        return _content(self._detokenizer.flush())
+
+
+class Harmony:
+    """An automaton with two states, in a header and in a message's text."""
+
+    def __init__(self, text: Text, prompt: Sequence[int]) -> None:
+        """``prompt`` ends where the answer starts, usually inside a header, after
+        ``<|start|>assistant``."""
+        self._text = text
+        self._roles = {text.control[name]: name for name in CONTROL if name in text.control}
+        self._control = frozenset(text.control.values())
+        self._detokenizer = text.detokenizer()
+        self._kind: Kind | None = None  # None: in a header
+        self._started = False  # the header began with <|start|>
+        self._header: list[list[int]] = [[]]  # its text, cut at <|channel|>
+        self._count = 0  # tokens in the header
+        self._calls = 0
+        self._deltas: list[Delta] = []
+        self._said: set[Kind] = set()  # kinds that have text
+        self._break: set[Kind] = set()  # kinds whose next text is another message's
+        self._given = 0  # tokens of the header that the prompt holds
+        self._carry: list[Delta] = []
+        start = text.control["<|start|>"]
+        if start in prompt:
+            last = len(prompt) - 1 - list(reversed(prompt)).index(start)
+            self.feed(prompt[last:])
+            # The prompt's own text is no part of the answer; a call that it opens is.
+            self._carry = [delta for delta in self._deltas if delta.name]
+            self._given = self._count
+            self._said.clear()
+
+    def feed(self, tokens: Sequence[int]) -> list[Delta]:
+        self._deltas, self._carry = self._carry, []
+        if self._kind is not None and self._control.isdisjoint(tokens):
+            self._say(self._detokenizer.feed(tokens))
+            return _merge(self._deltas)
+        for token in tokens:
+            if token in self._control:
+                self._turn(self._roles.get(token, ""))
+            elif self._kind is not None:
+                self._say(self._detokenizer.feed((token,)))
+            else:
+                self._header[-1].append(token)
+                self._count += 1
+                # Where the prompt has named the role, what cannot be a header is known at once.
+                if self._count > HEADER_TOKENS or (self._given and not self._partial()):
+                    self._give_up()
+        return _merge(self._deltas)
+
+    def finish(self) -> list[Delta]:
+        self._deltas, self._carry = self._carry, []
+        if self._kind is not None:
+            self._say(self._detokenizer.flush())
+        elif not self._partial():
+            self._give_up()
+            self._say(self._detokenizer.flush())
+        return _merge(self._deltas)
+
+    def _turn(self, control: str) -> None:
+        """A control token: leave a message's text, or move on in its header."""
+        if control == "<|message|>" and self._kind is None:
+            self._open()
+        elif control in ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>"):
+            if self._kind is not None:
+                self._say(self._detokenizer.flush())
+            elif control != "<|channel|>" and not self._partial():
+                # Text between messages, or a header that never came to its message.
+                self._give_up()
+                self._say(self._detokenizer.flush())
+            if self._kind is not None or control != "<|channel|>":
+                self._header, self._count, self._given, self._kind = [[]], 0, 0, None
+                self._started = control == "<|start|>"
+            if control == "<|channel|>":
+                self._header.append([])
+        # Any other control token says nothing and is not shown.
+
+    def _open(self) -> None:
+        """``<|message|>``: the header is complete and says what the text is."""
+        words = [self._text.decode(part) for part in self._header]
+        channel = words[1].split()[0] if len(words) > 1 and words[1].split() else ""
+        found = _RECIPIENT.search(words[0]) or _RECIPIENT.search(" ".join(words[1:]))
+        recipient = found[1] if found else ""
+        called = recipient.removeprefix("functions.")
+        self._detokenizer = self._text.detokenizer()
+        if called and (recipient != called or channel == "commentary"):
+            self._kind = "call"
+            self._deltas.append(Delta("call", "", self._calls, called))
+            self._calls += 1
+            return
+        self._kind = "reasoning" if channel == "analysis" else "content"
+        if self._kind in self._said:
+            self._break.add(self._kind)
+
+    def _partial(self) -> bool:
+        """Whether the header is one that broke off, as opposed to text where no header belongs."""
+        if len(self._header) > 1:
+            return True
+        given = self._text.decode(self._header[0][: self._given])
+        if " to=" in given:
+            return True
+        text = self._text.decode(self._header[0][self._given :])
+        if self._started and not given:
+            _, space, rest = text.strip().partition(" ")  # a role comes first
+            text = space + rest
+        return not text.strip() or text.startswith(" to=") or " to=".startswith(text)
+
+    def _give_up(self) -> None:
+        """No header after all: what was taken for one is content."""
+        self._kind = "content"
+        self._detokenizer = self._text.detokenizer()
+        if "content" in self._said:
+            self._break.add("content")
+        tokens = [token for part in self._header for token in part]
+        self._say(self._detokenizer.feed(tokens[self._given :]))
+
+    def _say(self, text: str) -> None:
+        if not text or self._kind is None:
+            return
+        if self._kind == "call":
+            self._deltas.append(Delta("call", text, self._calls - 1))
+            return
+        if self._kind in self._break:
+            self._break.discard(self._kind)
+            text = "\n" + text
+        self._said.add(self._kind)
+        self._deltas.append(Delta(self._kind, text))
+
+
+CONTROL = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+
+
+def splitter(text: Text, prompt: Sequence[int]) -> Splitter:
+    """The splitter for a chat answer: harmony if the model's tokenizer has its control tokens."""
+    harmony = text.control.keys() >= {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"}
+    return Harmony(text, prompt) if harmony else Plain(text)
+
+
+def _content(text: str) -> list[Delta]:
+    return [Delta("content", text)] if text else []
+
+
+def _merge(deltas: Iterable[Delta]) -> list[Delta]:
+    """Neighbours of one kind as one delta."""
+    merged: list[Delta] = []
+    for delta in deltas:
+        last = merged[-1] if merged else None
+        if last and last.kind == delta.kind and last.call == delta.call and not delta.name:
+            merged[-1] = Delta(last.kind, last.text + delta.text, last.call, last.name)
+        else:
+            merged.append(delta)
+    return merged

@@ -1,0 +1,435 @@
+"""OpenAI's request bodies, understood: what a client asks for as requests to an engine.
+
+Every field of OpenAI's schema is served, ignored or refused by name; ``cluster/schema.py``
+and ``docs/api.md`` say which. Answers are the matter of ``cluster/reply.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from cluster.schema import (
+    IGNORED,
+    LATER,
+    NEVER,
+    ChatBody,
+    CompletionsBody,
+    Kind,
+    Message,
+    Refusal,
+    StreamOptions,
+    Tool,
+)
+from cluster.template import ChatTemplateError
+from cluster.text import NoTokenizer, Text
+from workers.wire import Request, Sampling
+
+MAX_PROMPTS = 1024  # per completions request
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ingress knows of a model it serves."""
+
+    name: str
+    text: Text
+    max_model_len: int  # tokens, prompt and answer together
+    vocab_size: int
+    created: int = 0  # Unix seconds
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A request body, understood: one wire request for each choice of the answer."""
+
+    id: str
+    kind: Kind
+    model: Model
+    created: int
+    requests: tuple[Request, ...]  # in the order of the answer's choices
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    stop: tuple[str, ...]
+
+
+def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
+    """The call that a body of POST /v1/completions asks for.
+
+    ``id`` names it uniquely, ``seed`` counts if the body brings none, ``now`` is Unix seconds.
+    Tokenizing a long prompt takes a while: run it in a thread. Raises Refusal.
+    """
+    asked = _convert(_fields(body, "completions"), CompletionsBody)
+    model = find(asked.model, models)
+    prompts: list[list[int]] = []
+    for at, prompt in enumerate(_prompts(asked.prompt)):
+        if isinstance(prompt, str):
+            prompts.append(_encode(model, prompt))
+            continue
+        outside = next((i for i in prompt if not 0 <= i < model.vocab_size), None)
+        if outside is not None:
+            raise Refusal(
+                f"prompt {at} holds token id {outside}; the vocabulary has {model.vocab_size}",
+                param="prompt",
+            )
+        prompts.append(prompt)
+    return _call(f"cmpl-{id}", "completions", model, asked, prompts, asked.max_tokens, seed, now)
+
+
+def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
+    """The call that a body of POST /v1/chat/completions asks for; as ``completions``."""
+    asked = _convert(_fields(body, "chat"), ChatBody)
+    model = find(asked.model, models)
+    if not asked.messages:
+        raise Refusal("messages must not be empty", param="messages")
+    if asked.tool_choice not in ("auto", "none"):
+        raise Refusal(
+            f"tool_choice {_brief(asked.tool_choice)} is not available yet (auto and none are)",
+            param="tool_choice",
+        )
+    tools = [_tool(at, tool) for at, tool in enumerate(asked.tools)]
+    options = {}
+    if asked.reasoning_effort is not None:
+        if asked.reasoning_effort not in ("low", "medium", "high"):
+            raise Refusal("reasoning_effort must be low, medium or high", param="reasoning_effort")
+        options["reasoning_effort"] = asked.reasoning_effort
+    messages = [_message(at, message) for at, message in enumerate(asked.messages)]
+    _bound(model, sum(len(str(message.get("content", ""))) for message in messages), "messages")
+    shown = tools if tools and asked.tool_choice == "auto" else None
+    try:
+        prompt = _render(model.text, messages, shown, options)
+    except (NoTokenizer, ChatTemplateError) as error:
+        raise Refusal(str(error), param="messages") from error
+    if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+        raise Refusal(
+            "send max_completion_tokens or max_tokens, not both", param="max_completion_tokens"
+        )
+    limit = _given(asked.max_completion_tokens, asked.max_tokens)
+    return _call(f"chatcmpl-{id}", "chat", model, asked, [prompt], limit, seed, now)
+
+
+def find(name: str | None, models: Mapping[str, Model]) -> Model:
+    """The model called ``name``; with None the only one there is. Raises Refusal."""
+    if name is None:
+        if len({model.name for model in models.values()}) == 1:
+            return next(iter(models.values()))
+        raise Refusal(f"name a model; served are: {', '.join(models)}", param="model")
+    if name not in models:
+        raise Refusal(
+            f"the model {_brief(name)} does not exist; served are: {', '.join(models)}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    return models[name]
+
+
+_Asked = TypeVar("_Asked", CompletionsBody, ChatBody)
+
+
+def _fields(body: bytes, kind: Kind) -> dict[str, Any]:
+    """The body's fields without those that are null or ignored; refuses what is not served."""
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refusal(f"the body is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise Refusal(f"the body must be a JSON object, not {type(fields).__name__}")
+    known = (CompletionsBody if kind == "completions" else ChatBody).__struct_fields__
+    asked = {}
+    unknown = []
+    for name, value in fields.items():
+        if name in known:
+            if value is not None:
+                asked[name] = value
+            continue
+        for table, why in (
+            (LATER[kind], "is not available yet"),
+            (NEVER[kind], "is not supported"),
+        ):
+            if name in table and value is not None and not _neutral(value, table[name]):
+                raise Refusal(f"{name}={_brief(value)} {why}; leave it out", param=name)
+        if name not in IGNORED[kind] | LATER[kind].keys() | NEVER[kind].keys():
+            unknown.append(name)
+    if unknown:
+        names = ", ".join(repr(name[:64]) for name in unknown[:8])
+        raise Refusal(
+            f"unknown field(s): {names}; docs/api.md lists the known", param=unknown[0][:64]
+        )
+    return asked
+
+
+def _neutral(value: Any, neutral: Sequence[Any]) -> bool:
+    return any(
+        value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
+    )
+
+
+def _brief(value: Any) -> str:
+    """A value as an error message shows it: never long, however long it is."""
+    text = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+    return text if len(text) <= 64 else text[:61] + "..."
+
+
+def _convert(fields: dict[str, Any], kind: type[_Asked]) -> _Asked:
+    try:
+        return msgspec.convert(fields, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        what, _, path = str(error).partition(" - at `$")
+        named = re.search(r"field `(\w+)`", what)
+        param = path.strip("`.") or (named[1] if named else None)
+        raise Refusal(
+            f"{path.strip('`.') + ': ' if path else ''}{what[:200]}".replace("`", "'"), param=param
+        ) from error
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """OpenAI's four kinds of prompt as a list of texts and token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise Refusal("prompt must not be empty", param="prompt")
+    ids = [item for item in prompt if isinstance(item, int)]
+    if len(ids) == len(prompt):
+        return [ids]
+    several = [item for item in prompt if not isinstance(item, int)]
+    if len({type(item) for item in prompt}) > 1:
+        raise Refusal("prompt mixes texts, token ids and lists: send one kind", param="prompt")
+    if len(several) > MAX_PROMPTS:
+        raise Refusal(
+            f"{len(several)} prompts in one request; at most {MAX_PROMPTS} are taken",
+            param="prompt",
+        )
+    return several
+
+
+def _encode(model: Model, prompt: str) -> list[int]:
+    _bound(model, len(prompt), "prompt")
+    try:
+        return model.text.encode(prompt)
+    except NoTokenizer as error:
+        raise Refusal(str(error), param="prompt") from error
+
+
+def _bound(model: Model, characters: int, param: str) -> None:
+    """Refuse, before spending time on it, a text that cannot fit however it is tokenized."""
+    longest = model.max_model_len * model.text.longest
+    if model.text.longest > 1 and characters > longest:
+        raise Refusal(
+            f"this model's maximum context length is {model.max_model_len} tokens; the text has "
+            f"{characters} characters, more than any {longest}",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _tool(at: int, tool: Tool) -> dict[str, Any]:
+    """A tool as chat templates take it."""
+    where = f"tools[{at}]"
+    if tool.type != "function":
+        raise Refusal(
+            f"{where}.type {_brief(tool.type)} is not supported (function is)", param=where
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool.function.name):
+        raise Refusal(f"{where}.function.name must be 1 to 64 letters, digits, _ or -", param=where)
+    if tool.function.strict:
+        raise Refusal(f"{where}.function.strict=true is not available yet", param=where)
+    function = {
+        name: value
+        for name, value in msgspec.structs.asdict(tool.function).items()
+        if name != "strict" and value is not None
+    }
+    return {"type": "function", "function": function}
+
+
+def _message(at: int, message: Message) -> dict[str, Any]:
+    """A message as chat templates take it: text content, arguments of calls as objects."""
+    where = f"messages[{at}]"
+    content = message.content
+    if isinstance(content, list):
+        for part in content:
+            if part.type not in ("text", "refusal") or not isinstance(part.text, str):
+                raise Refusal(
+                    f"{where}.content: parts of type {_brief(part.type)} are not available yet"
+                    if part.type != "text"
+                    else f"{where}.content: a text part needs its text",
+                    param=f"{where}.content",
+                )
+        content = "\n".join(str(part.text) for part in content)
+    if message.role == "tool" and message.tool_call_id is None:
+        raise Refusal(f"{where}: a tool message needs tool_call_id", param=where)
+    if content is None and not (message.role == "assistant" and message.tool_calls):
+        content = message.refusal if message.role == "assistant" else None
+        if content is None:
+            raise Refusal(f"{where}: content is missing", param=f"{where}.content")
+    out: dict[str, Any] = {"role": message.role}
+    if content is not None:  # templates ask whether there is content before they look into it
+        out["content"] = content
+    reasoning = _given(message.reasoning_content, message.reasoning)
+    if reasoning is not None:
+        out |= {"reasoning_content": reasoning, "reasoning": reasoning, "thinking": reasoning}
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(call.function.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return out
+
+
+def _render(
+    text: Text,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    options: dict[str, str],
+) -> list[int]:
+    try:
+        return text.render(messages, tools, **options)
+    except ChatTemplateError:
+        # gpt-oss's template takes reasoning or content beside a call, not both. The model needs
+        # its reasoning to go on from a tool's result.
+        both = {"tool_calls", "thinking", "content"}
+        fewer = [
+            {name: value for name, value in message.items() if name != "content"}
+            if both <= message.keys()
+            else message
+            for message in messages
+        ]
+        if fewer == messages:
+            raise
+        return text.render(fewer, tools, **options)
+
+
+def _arguments(arguments: str) -> Any:
+    """Templates write arguments as JSON themselves; a text that is no JSON object stays text."""
+    try:
+        value = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _call(
+    id: str,
+    kind: Kind,
+    model: Model,
+    asked: CompletionsBody | ChatBody,
+    prompts: Sequence[list[int]],
+    limit: int | None,
+    seed: int,
+    now: int,
+) -> Call:
+    if asked.stream_options is not None and not asked.stream:
+        raise Refusal("stream_options needs stream=true", param="stream_options")
+    stop = _stops(asked.stop)
+    requests = []
+    for at, prompt in enumerate(prompts):
+        name = id if len(prompts) == 1 else f"{id}-{at}"
+        room = _room(model, len(prompt), limit, "messages" if kind == "chat" else "prompt")
+        tokens = _given(limit, room if kind == "chat" else min(16, room))
+        requests.append(
+            Request(
+                id=name,
+                model=model.name,
+                prompt=prompt,
+                sampling=_sampling(model, asked, tokens, seed),
+                priority=asked.priority,
+                salt=asked.cache_salt,
+            )
+        )
+    options = asked.stream_options or StreamOptions()
+    return Call(
+        id=id,
+        kind=kind,
+        model=model,
+        created=now,
+        requests=tuple(requests),
+        stream=asked.stream,
+        include_usage=options.include_usage,
+        return_token_ids=asked.return_token_ids,
+        stop=stop,
+    )
+
+
+def _room(model: Model, prompt: int, limit: int | None, param: str) -> int:
+    """Tokens left for the answer."""
+    if prompt == 0:
+        raise Refusal(f"{param} must not be empty: there is no token to go on from", param=param)
+    if limit is not None and limit < 1:
+        raise Refusal(f"max_tokens must be at least 1, not {limit}", param="max_tokens")
+    room = model.max_model_len - prompt
+    if room < (limit or 1):
+        asks = "" if limit is None else f" and asks for {limit} more (max_tokens)"
+        raise Refusal(
+            f"this model's maximum context length is {model.max_model_len} tokens; the request has "
+            f"{prompt} in {param}{asks}; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return room
+
+
+def _sampling(model: Model, asked: CompletionsBody | ChatBody, limit: int, seed: int) -> Sampling:
+    defaults = model.text.defaults
+    temperature = _given(asked.temperature, defaults.temperature)
+    top_p = _given(asked.top_p, defaults.top_p)
+    top_k = _given(asked.top_k, defaults.top_k)
+    seed = _given(asked.seed, seed)
+    for name, value, low, high in (
+        ("temperature", temperature, 0, 2),
+        ("top_p", top_p, 0, 1),
+        ("top_k", top_k, -1, 1 << 31),
+        ("seed", seed, -(1 << 63), (1 << 63) - 1),
+        ("min_tokens", asked.min_tokens, 0, limit),
+        ("priority", asked.priority, -(1 << 31), 1 << 31),
+    ):
+        if not low <= value <= high:
+            raise Refusal(f"{name} must be from {low} to {high}, not {value}", param=name)
+    for token in asked.stop_token_ids:
+        if not 0 <= token < model.vocab_size:
+            raise Refusal(
+                f"stop_token_ids holds {token}; the vocabulary has {model.vocab_size}",
+                param="stop_token_ids",
+            )
+    return Sampling(
+        max_tokens=limit,
+        # A nucleus of nothing holds the most likely token.
+        temperature=temperature if top_p > 0 else 0.0,
+        top_p=top_p if top_p > 0 else 1.0,
+        top_k=max(0, top_k),
+        seed=seed & (1 << 63) - 1,
+        min_tokens=asked.min_tokens,
+        ignore_eos=asked.ignore_eos,
+        stop_token_ids=tuple(asked.stop_token_ids),
+    )
+
+
+def _stops(stop: str | list[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_CHARACTERS for s in stops):
+        raise Refusal(
+            f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters",
+            param="stop",
+        )
+    return stops
+
+
+_T = TypeVar("_T")
+
+
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -1,0 +1,15 @@
+"""The shim that Serve pickles by value: a call goes to the replica that its first argument names."""
+
+from ray.serve.request_router import RequestRouter
+
+
+class PickReplica(RequestRouter):
+    async def choose_replicas(self, candidate_replicas, pending_request=None):
+        wanted = pending_request.args[0]
+        return [[r for r in candidate_replicas if r.replica_id.unique_id == wanted]]
+
+    def update_replicas(self, replicas):
+        from cluster import directory
+
+        super().update_replicas(replicas)
+        directory.update({r.replica_id.unique_id: r.replica_metadata for r in replicas})

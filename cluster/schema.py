@@ -1,0 +1,169 @@
+"""The fields of OpenAI's request bodies and their fate: served, ignored, not yet, never; and the
+refusal that says so. ``docs/api.md`` lists the same for people.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+Kind = Literal["completions", "chat"]
+
+COMMON_IGNORED = frozenset({"user", "metadata", "service_tier", "safety_identifier"})
+IGNORED = {
+    "completions": COMMON_IGNORED,
+    "chat": COMMON_IGNORED
+    | {"store", "verbosity", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"},
+}
+# Refused unless null or one of these values, which mean what is done anyway.
+_LATER: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "structured_outputs": (),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_special_tokens": (True,),
+}
+_NEVER: dict[str, tuple[Any, ...]] = {"moderation": ()}
+LATER = {
+    "completions": _LATER | {"logprobs": (), "prompt_logprobs": (), "response_format": ()},
+    "chat": _LATER
+    | {
+        "add_special_tokens": (False,),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "response_format": ({"type": "text"},),
+        "parallel_tool_calls": (True,),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "add_generation_prompt": (True,),
+    },
+}
+NEVER = {
+    "completions": _NEVER | {"best_of": (1,), "echo": (False,), "suffix": ("",)},
+    "chat": _NEVER
+    | {
+        "audio": (),
+        "modalities": (["text"],),
+        "prediction": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "web_search_options": (),
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+    },
+}
+
+
+class Refusal(ValueError):
+    """An answer other than 200, as OpenAI sends it: HTTP ``status`` and an error ``body``."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        type: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = msgspec.json.encode(
+            {"error": {"message": message, "type": type, "param": param, "code": code}}
+        )
+
+
+def unavailable(message: str) -> Refusal:
+    """The service, not the request, is at fault."""
+    return Refusal(message, status=503, type="server_error", code="unavailable")
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis; never sent
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that both requests share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class CompletionsBody(Body, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[str | int | list[int]]
+
+
+class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    text: str | UnsetType = UNSET
+
+
+class FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A message of any role; answers of this API can be sent back as they came."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    # Null in what the official client sends back.
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+
+class FunctionSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    function: FunctionSchema
+
+
+class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    tools: list[Tool] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    reasoning_effort: str | None = None

@@ -1,0 +1,174 @@
+"""Kernels for bf16 on CPU: few calls per layer, because at small batches the calls are the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.mxfp4 import MXFP4
+from kernels.reference import Ints, Rows, expert, swiglu
+
+QUERIES = 128  # of one prefill tile: bounds the mask at 128 x context
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """B sequences with Q queries each (one of B, Q is 1) and L keys."""
+
+    rows: slice | Tensor  # the B * Q tokens
+    shape: tuple[int, int, int]  # B, Q, L
+    keys: Tensor  # int64 [B * L] slots; those that nobody may see lead to the zero block
+    mask: Tensor | None  # added to the scores: [B, 1, 1, L] or [1, 1, Q, L], 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class WorkPlan:
+    slots: Tensor  # int64 [T]
+    work: Sequence[_Work]
+
+
+def plan(rows: Rows, device: torch.device) -> WorkPlan:
+    """Decoding rows of similar length together, prefilling rows in tiles of QUERIES."""
+    first = np.cumsum(rows.counts) - rows.counts
+    work = []
+    single = np.flatnonzero(rows.counts == 1)
+    lows = np.maximum(0, rows.starts + 1 - rows.window) if rows.window else rows.starts * 0
+    lengths = rows.starts + 1 - lows
+    # Within a power of two from 128 up: padding at most doubles what is read.
+    buckets = np.ceil(np.log2(np.maximum(lengths[single], 128)))
+    for bucket in np.unique(buckets):
+        members = single[buckets == bucket]
+        work.append(_decode(rows, members, first[members], lows[members], lengths[members]))
+    for row in np.flatnonzero(rows.counts > 1).tolist():
+        start, count = int(rows.starts[row]), int(rows.counts[row])
+        for at in range(0, count, QUERIES):
+            n = min(QUERIES, count - at)
+            work.append(_prefill(rows, row, int(first[row]) + at, start + at, n))
+    return WorkPlan(torch.from_numpy(rows.written()), work)
+
+
+def _decode(rows: Rows, members: Ints, tokens: Ints, lows: Ints, lengths: Ints) -> _Work:
+    longest = int(lengths.max())
+    key = np.arange(longest)
+    held = key < lengths[:, None]
+    key = np.where(held, lows[:, None] + key, 0)
+    blocks = np.where(
+        held, rows.tables[members[:, None], key // rows.block_size], rows.zero_block
+    ).astype(np.int64)
+    slots = blocks * rows.block_size + key % rows.block_size
+    mask = None
+    if int(lengths.min()) < longest:
+        mask = torch.zeros(held.shape, dtype=torch.bfloat16)
+        mask = mask.masked_fill_(torch.from_numpy(~held), -torch.inf)[:, None, None, :]
+    n = len(members)
+    adjacent = int(tokens[-1] - tokens[0]) == n - 1
+    index = slice(int(tokens[0]), int(tokens[0]) + n) if adjacent else torch.from_numpy(tokens)
+    return _Work(index, (n, 1, longest), torch.from_numpy(slots.ravel()), mask)
+
+
+def _prefill(rows: Rows, row: int, token: int, start: int, count: int) -> _Work:
+    low, end = rows.first_key(start), start + count
+    query = torch.arange(start, end)[:, None]
+    key = torch.arange(low, end)
+    hidden = key > query
+    if rows.window:
+        hidden |= key <= query - rows.window
+    mask = torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, -torch.inf)
+    keys = torch.from_numpy(rows.slots(row, low, end))
+    return _Work(slice(token, token + count), (1, count, end - low), keys, mask[None, None])
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: WorkPlan, sinks: Tensor, scale: float
+) -> Tensor:
+    """Flash attention without the sink, then its share taken off: sum_j exp(a_j) of the weights'
+    denominator is known from the kernel's log-sum-exp, so weights scale by
+    exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink)."""
+    tokens, heads, size = q.shape
+    kv = k_cache.shape[1]
+    group = heads // kv
+    out = torch.empty_like(q)
+    for work in plan.work:
+        batch, queries, length = work.shape
+        k = k_cache.index_select(0, work.keys).view(batch, length, kv, size)
+        v = v_cache.index_select(0, work.keys).view(batch, length, kv, size)
+        rows = q[work.rows]
+        # The kernel wants as many KV heads as query heads: a group's queries share one KV head
+        # either as its queries (decode) or by a stride of 0 (prefill).
+        if queries == 1:
+            x = rows.view(batch, kv, group, size)
+            k, v, sink = k.transpose(1, 2), v.transpose(1, 2), sinks.view(kv, group)
+        else:
+            x = rows.view(queries, kv, group, size).permute(1, 2, 0, 3)
+            k, v = k[0].transpose(0, 1)[:, None], v[0].transpose(0, 1)[:, None]
+            k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
+            sink = sinks.view(kv, group, 1)
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            x, k, v, attn_mask=work.mask, scale=scale
+        )
+        y = y * torch.sigmoid(lse - sink)[..., None].to(y.dtype)
+        y = y.reshape(batch, heads, size) if queries == 1 else y.permute(2, 0, 1, 3)
+        out[work.rows] = y.reshape(-1, heads, size)
+    return out.view(tokens, heads * size)
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w13: Tensor | MXFP4,
+    b13: Tensor,
+    w2: Tensor | MXFP4,
+    b2: Tensor | None,
+    first: int,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    """Token-expert pairs sorted by expert, one grouped product for all up and all down matrices."""
+    tokens, k = ids.shape
+    local = len(b13)
+    expert_of = ids.flatten() - first
+    expert_of = torch.where((expert_of >= 0) & (expert_of < local), expert_of, local)
+    counts = torch.bincount(expert_of, minlength=local + 1)[:local]
+    pairs = int(counts.sum())
+    order = expert_of.argsort(stable=True)[:pairs]
+    expert_of = expert_of[order]
+    ends = counts.cumsum(0)
+    h = _grouped(x[order // k], w13, ends) + b13[expert_of]
+    y = _grouped(swiglu(h, limit, alpha), w2, ends)
+    if b2 is not None:
+        y = y + b2[expert_of]
+    by_pair = torch.zeros(tokens * k, x.shape[1], dtype=torch.float32)
+    by_pair[order] = y.float()
+    return torch.bmm(weights[:, None, :], by_pair.view(tokens, k, -1))[:, 0].to(x.dtype)
+
+
+def _grouped(x: Tensor, w: Tensor | MXFP4, ends: Tensor) -> Tensor:
+    """x [pairs, in] sorted by expert, w [E, out, in], expert e's rows ending at ends[e]."""
+    if isinstance(w, Tensor):
+        return F.grouped_mm(x, w.transpose(1, 2), offs=ends.to(torch.int32))
+    out = []
+    at = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > at:
+            out.append(F.linear(x[at:end], expert(w, e, x.dtype)))
+        at = end
+    return torch.cat(out) if out else x.new_empty(0, w.blocks.shape[1])

@@ -1,0 +1,197 @@
+"""The mathematics of every kernel in plain torch: what the others are measured against.
+
+Shapes: T tokens of a step, D hidden size, N output features, H query heads, KV key heads, G = H / KV,
+d head size, E experts on this rank, k experts per token, I intermediate size of this rank,
+S slots of the KV cache (block * block_size + offset). Sums, softmax and norms are in fp32.
+Source of the model's mathematics: the gpt-oss model card, arXiv:2508.10925.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.mxfp4 import MXFP4, dequantize
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One step's rows in one KV group: row r computes positions starts[r] .. + counts[r].
+
+    ``tables`` [R, blocks] maps a row's position p to block tables[r][p // block_size]; entries
+    that the group's window has left, or past the last position, are never read.
+    The cache holds ``zero_block`` beyond the pool: its keys and values are always 0.
+    """
+
+    starts: Ints
+    counts: Ints
+    tables: Ints
+    block_size: int
+    window: int  # 0: full attention
+    zero_block: int
+
+    def slots(self, row: int, first: int, last: int) -> Ints:
+        """Slots of positions first .. last-1 of a row, in int64."""
+        positions = np.arange(first, last)
+        blocks = self.tables[row, positions // self.block_size]
+        slots: Ints = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        return slots
+
+    def written(self) -> Ints:
+        """[T] the slot that each new token's key and value go to."""
+        rows = np.repeat(np.arange(len(self.starts)), self.counts)
+        before = np.cumsum(self.counts) - self.counts
+        positions = np.arange(len(rows)) - np.repeat(before - self.starts, self.counts)
+        blocks = self.tables[rows, positions // self.block_size].astype(np.int64)
+        slots: Ints = blocks * self.block_size + positions % self.block_size
+        return slots
+
+    def first_key(self, position: int) -> int:
+        """The first position that a query at ``position`` sees; it sees itself, too."""
+        return max(0, position - self.window + 1) if self.window else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The queries of one row and the keys they see."""
+
+    first: int  # index of its first token in the step
+    count: int
+    keys: Tensor  # int64 [L] slots
+    visible: Tensor  # bool [count, L]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What attention needs to know of a step: computed once, used by all layers of a group."""
+
+    slots: Tensor  # int64 [T]: where new keys and values go
+    spans: Sequence[Span]
+
+
+def plan(rows: Rows, device: torch.device) -> Plan:
+    spans = []
+    at = 0
+    for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
+        low = rows.first_key(int(start))
+        query = torch.arange(start, start + count, device=device)[:, None]
+        key = torch.arange(low, start + count, device=device)
+        visible = key <= query
+        if rows.window:
+            visible &= key > query - rows.window
+        keys = torch.from_numpy(rows.slots(row, low, int(start + count))).to(device)
+        spans.append(Span(at, int(count), keys, visible))
+        at += int(count)
+    return Plan(torch.from_numpy(rows.written()).to(device), spans)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[T, D] -> [T, D]: the weight multiplies while still fp32, then one rounding to x's dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (y * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum), both [T, D]."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K], weight [N, K], bias [N] -> [T, N]."""
+    return F.linear(x, weight, bias)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q [T, H, d] and k [T, KV, d], element i with element i + d/2 (arXiv:2104.09864).
+
+    cos and sin are [T, 1, d] in q's dtype, for both halves: sin is negated in the first one, so that
+    a rotation is x * cos + (x with its halves swapped) * sin.
+    """
+    half = q.shape[-1] // 2
+    return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Store k, v [T, KV, d] in the caches [S, KV, d] at ``slots`` int64 [T]."""
+    k_cache.index_copy_(0, slots, k)
+    v_cache.index_copy_(0, slots, v)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, sinks: Tensor, scale: float
+) -> Tensor:
+    """Attention with a sink per head: q [T, H, d], caches [S, KV, d], sinks [H] -> [T, H * d].
+
+    The sink takes part in the softmax with its own logit and no value, so weights sum to less
+    than 1 (arXiv:2309.17453 motivates it; a learned logit per head is gpt-oss's form).
+    """
+    group = q.shape[1] // k_cache.shape[1]
+    out = torch.empty_like(q)
+    for span in plan.spans:
+        rows = slice(span.first, span.first + span.count)
+        k = k_cache[span.keys].float().repeat_interleave(group, dim=1)
+        v = v_cache[span.keys].float().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * scale
+        scores = scores.masked_fill(~span.visible, -torch.inf)
+        sink = sinks.float()[:, None, None].expand(-1, span.count, 1)
+        p = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
+        out[rows] = torch.einsum("hqk,khd->qhd", p, v).to(q.dtype)
+    return out.flatten(1)
+
+
+def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[T, experts] -> ids int64 [T, k] and weights fp32 [T, k]: softmax over the top k only."""
+    top, ids = logits.topk(k, dim=-1)
+    return ids, top.softmax(dim=-1, dtype=torch.float32)
+
+
+def swiglu(x: Tensor, limit: float, alpha: float) -> Tensor:
+    """[..., 2 I] with gate and up interleaved -> [..., I]: gate * sigmoid(alpha gate) * (up + 1).
+
+    The gate is clamped from above only.
+    """
+    gate, up = x[..., 0::2].float(), x[..., 1::2].float()
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w13: Tensor | MXFP4,
+    b13: Tensor,
+    w2: Tensor | MXFP4,
+    b2: Tensor | None,
+    first: int,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    """The weighted sum over those of each token's experts that live on this rank: [T, D].
+
+    x [T, D], ids and weights [T, k] (global expert ids), w13 [E, 2 I, D], b13 [E, 2 I], w2 [E, D, I],
+    b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that must not add it
+    again when I is sharded. The weight multiplies the biased output.
+    """
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in range(len(b13)):
+        mine = torch.where(ids == first + e, weights, 0).sum(-1, keepdim=True)
+        h = swiglu(F.linear(x, expert(w13, e, x.dtype), b13[e]), limit, alpha)
+        y = F.linear(h, expert(w2, e, x.dtype), None if b2 is None else b2[e])
+        total += torch.where(mine > 0, mine * y.float(), 0)
+    return total.to(x.dtype)
+
+
+def expert(w: Tensor | MXFP4, e: int, dtype: torch.dtype) -> Tensor:
+    """The matrix of local expert ``e``, dequantised if it is packed."""
+    return dequantize(MXFP4(w.blocks[e], w.scales[e]), dtype) if isinstance(w, MXFP4) else w[e]

@@ -1,0 +1,93 @@
+"""Stand-ins for what tests have no need of. Importable, so that other processes can use them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.oracle import U64, attend, embed, layers, mask, mix, sample
+from workers.config import KVConfig, SchedulerConfig
+from workers.wire import Batch, Join, StepResult
+
+Ints = npt.NDArray[np.int64]
+
+
+class FakeRunner:
+    """A runner whose tokens are a hash of everything the step could see through its block tables.
+
+    Each layer of the step first writes the cells of all rows and then reads, as a real model does:
+    a wrong table, a stale page, a wrong position, or a block that two rows share within one step
+    all give other tokens than ``tests.oracle.next_token``.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv: KVConfig, vocab: int) -> None:
+        self.kv, self.vocab = kv, vocab
+        pages = -(-config.max_model_len // kv.block_size)
+        shape = (config.max_num_seqs, len(kv.groups), pages)
+        self.tables = np.full(shape, -1, np.int64)
+        self.joins: dict[int, Join] = {}
+        self.last = [-1] * config.max_num_seqs  # token last sampled in each slot
+        self.layers = layers(kv.groups)
+        # Whatever memory holds before it is written must never matter.
+        garbage = np.random.default_rng(0).integers(
+            0, 2**63, (len(self.layers), kv.num_blocks, kv.block_size)
+        )
+        self.cells = garbage.astype(np.uint64)
+        self.steps = 0
+        self._results: deque[StepResult] = deque()
+
+    def launch(self, batch: Batch) -> int:
+        """Run the step; its result waits for ``collect``."""
+        self.steps += 1
+        assert batch.step == self.steps, f"step {batch.step} launched as number {self.steps}"
+        for join in batch.joins:
+            self.joins[join.slot] = join
+            self.tables[join.slot] = -1
+            self.last[join.slot] = -1
+        for table in batch.tables:
+            held = self.tables[table.slot, table.group, table.first :][: len(table.blocks)]
+            held[:] = table.blocks
+        rows = list(batch.rows())
+        assert len({row.slot for row in rows}) == len(rows), "a slot has two rows"
+        hidden, positions = [], []
+        for row in rows:
+            tokens = [self.last[row.slot]] if row.tokens is None else row.tokens
+            assert min(tokens) >= 0, f"slot {row.slot} continues from a token it never sampled"
+            positions.append(np.arange(row.start, row.start + row.count, dtype=np.uint64))
+            hidden.append(embed(np.array(tokens, np.uint64), positions[-1]))
+        for layer, group in enumerate(self.layers):
+            for row, x, position in zip(rows, hidden, positions, strict=True):
+                self.cells[layer, *self._places(group, row.slot, position)] = mix(
+                    x + np.uint64(layer)
+                )
+            for i, row in enumerate(rows):
+                context = np.arange(row.start + row.count, dtype=np.uint64)
+                seen = mask(self.kv.groups[group], positions[i], context)
+                first = int(seen[0].argmax())
+                context, seen = context[first:], seen[:, first:]
+                keys = self.cells[layer, *self._places(group, row.slot, context)]
+                hidden[i] = attend(hidden[i], keys, context, seen)
+        tokens = []
+        for row, x in zip(rows, hidden, strict=True):
+            if row.sample:
+                join = self.joins[row.slot]
+                end = row.start + row.count
+                token = sample(int(x[-1]), join.sampling, join.choice, end, self.vocab)
+                self.last[row.slot] = token
+                tokens.append(token)
+        self._results.append(StepResult(batch.step, tokens))
+        return batch.step
+
+    def _places(self, group: int, slot: int, positions: U64) -> tuple[Ints, Ints]:
+        """Block and offset of each position, through the slot's table."""
+        pages, offsets = np.divmod(positions.astype(np.int64), self.kv.block_size)
+        blocks = self.tables[slot, group, pages]
+        assert (blocks >= 0).all(), f"slot {slot} reads a page of group {group} it was never given"
+        return blocks, offsets
+
+    def collect(self, handle: int) -> StepResult:
+        result = self._results.popleft()
+        assert result.step == handle, "steps are collected in order"
+        return result

@@ -1,0 +1,101 @@
+"""How much memory goes where. Pure: what start-up prints is what the caches allocate."""
+
+from __future__ import annotations
+
+import msgspec
+
+from workers.architecture import Architecture
+from workers.blocks import BlockPool
+from workers.config import KVConfig, ModelSpec, SchedulerConfig
+
+GIB = 1 << 30
+
+
+class TooLittleMemory(ValueError):
+    """The KV cache does not hold what was asked for; the message has the numbers."""
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """The KV pool of one engine and what fits into it."""
+
+    kv: KVConfig
+    scheduler: SchedulerConfig
+    bytes_per_rank: int
+    tokens: int  # of one sequence alone, were it unbounded
+    concurrency: float  # sequences of the full model length that fit at once
+    reduced: bool  # the model length is less than the model's own, because the pool is small
+
+
+def default_kv_bytes(free: int, spec: ModelSpec, cuda: bool) -> int:
+    """KV bytes of a rank with ``free`` bytes left for it after the weights."""
+    if spec.kv_cache_memory is not None:
+        return spec.kv_cache_memory
+    if cuda:
+        return int(free * spec.gpu_memory_utilization)
+    return min(GIB, free // 4)
+
+
+def capacity(
+    architecture: Architecture, spec: ModelSpec, kv_bytes: int, kv_dtype_bytes: int
+) -> Capacity:
+    """The pool that ``kv_bytes`` per rank give, and the longest sequence served from it.
+
+    Raises TooLittleMemory where --max-model-len was given and does not fit, or nothing does.
+    """
+    groups = architecture.kv_groups(
+        spec.block_size, spec.tensor_parallel_size, kv_dtype_bytes
+    )
+    num_blocks = kv_bytes // groups[0].block_bytes - 1  # one more is allocated, for padding
+    kv = KVConfig(groups, num_blocks, spec.block_size, spec.enable_prefix_caching)
+    if num_blocks < 1:
+        raise TooLittleMemory(
+            f"--kv-cache-memory of {kv_bytes:,} bytes is too little; a block takes "
+            f"{groups[0].block_bytes:,} bytes, and one of them is for padding"
+        )
+    pool = BlockPool(kv)
+    asked = spec.max_model_len or architecture.max_position
+    if asked > architecture.max_position:
+        raise TooLittleMemory(
+            f"--max-model-len {asked} is more than the model's {architecture.max_position} "
+            "positions"
+        )
+    tokens = _longest(pool, architecture.max_position)
+    length = min(asked, tokens + 1)  # the last token is sampled, never computed
+    if length < asked and spec.max_model_len is not None:
+        raise TooLittleMemory(
+            f"--max-model-len {asked} needs {pool.blocks_needed(asked - 1)} KV blocks of "
+            f"{groups[0].block_bytes:,} bytes, {kv_bytes:,} bytes per rank hold {num_blocks}: give "
+            f"--kv-cache-memory {(pool.blocks_needed(asked - 1) + 1) * groups[0].block_bytes} or at "
+            "most "
+            f"--max-model-len {length}"
+        )
+    if length < 2:
+        raise TooLittleMemory(
+            f"{num_blocks} KV blocks hold no sequence; give more --kv-cache-memory"
+        )
+    scheduler = SchedulerConfig(
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        max_model_len=length,
+        eos_token_ids=architecture.eos_token_ids,
+    )
+    return Capacity(
+        kv=kv,
+        scheduler=scheduler,
+        bytes_per_rank=(num_blocks + 1) * groups[0].block_bytes,
+        tokens=tokens,
+        concurrency=num_blocks / pool.blocks_needed(length - 1),
+        reduced=length < architecture.max_position and spec.max_model_len is None,
+    )
+
+
+def _longest(pool: BlockPool, limit: int) -> int:
+    """Most tokens, up to ``limit``, whose KV fits into the pool; need never falls with length."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if pool.blocks_needed(middle) <= pool.num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,81 @@
+"""Configuration values. A run is one frozen tree; what is measured is never written back into it.
+
+Pure: nothing here touches a device, a file or a clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Device = Literal["auto", "cuda", "cpu"]
+Kernels = Literal["auto", "reference", "cpu", "triton"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class KVGroup(msgspec.Struct, frozen=True):
+    """Layers whose KV lives and dies together.
+
+    ``full`` keeps every token, ``window`` n the last n (the current one included), ``chunk`` n
+    those since the last multiple of n.
+    """
+
+    kind: Literal["full", "window", "chunk"]
+    layers: tuple[int, ...]
+    block_bytes: int  # of one block on one rank, over all the group's layers, keys and values
+    size: int = 0  # n; 0 for full
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == "full" else f"{self.kind}:{self.size}"
+
+
+class KVConfig(msgspec.Struct, frozen=True):
+    """The block pool of one engine. All groups have equal ``block_bytes`` and share the pool."""
+
+    groups: tuple[KVGroup, ...]
+    num_blocks: int
+    block_size: int = 16  # tokens
+    prefix_caching: bool = True
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True):
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model to serve and how. Field names follow the command line's flags."""
+
+    model: str = ""  # directory, hub id, or empty: the bundled tiny-oss
+    served_model_name: str = ""  # empty: the directory's or the hub id's last part
+    revision: str = "main"
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    device: Device = "auto"
+    dtype: DType = "auto"
+    kernels: Kernels = "auto"
+    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_memory: int | None = None  # bytes per rank; None: computed
+    gpu_memory_utilization: float = 0.9
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    seed: int = 0  # of requests that bring none
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A service: models behind one HTTP endpoint."""
+
+    models: tuple[ModelSpec, ...]
+    name: str = "moeray"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    address: str | None = None  # of a running Ray cluster; None: start one here

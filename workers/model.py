@@ -1,0 +1,148 @@
+"""The gpt-oss decoder on one rank, over the tokens of one step.
+
+Shapes: T tokens of all sequences in the step, D hidden size, H and KV heads of this rank, d head
+size, k experts per token. Source: the gpt-oss model card, arXiv:2508.10925.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kernels.dispatch import Ops, Plan
+from parallelism.experts import Experts
+from parallelism.layers import HeadLinear, Linear, Place, RowLinear, Vector, VocabEmbedding, VocabHead
+from workers.architecture import Architecture
+from workers.kvcache import KVCache
+
+
+class Block(nn.Module):
+    """One layer: attention, then a mixture of experts, each behind a norm."""
+
+    def __init__(self, arch: Architecture, layer: int, place: Place) -> None:
+        super().__init__()
+        name = f"model.layers.{layer}."
+        self.d, self.scale, self.eps = arch.head_dim, arch.head_dim**-0.5, arch.rms_norm_eps
+        self.k = arch.experts_per_token
+        self.ops, self.group = place.ops, place.group
+        attention = name + "self_attn."
+        hidden = arch.hidden_size
+        self.norm = Vector(name + "input_layernorm.weight", hidden, place)
+        self.q = HeadLinear(attention + "q_proj", hidden, arch.num_heads, self.d, place)
+        self.key = HeadLinear(attention + "k_proj", hidden, arch.num_kv_heads, self.d, place)
+        self.v = HeadLinear(attention + "v_proj", hidden, arch.num_kv_heads, self.d, place)
+        self.sinks = Vector(attention + "sinks", arch.num_heads, place)
+        self.o = RowLinear(attention + "o_proj", arch.num_heads * self.d, hidden, place)
+        self.expert_norm = Vector(name + "post_attention_layernorm.weight", hidden, place)
+        self.router = Linear(name + "mlp.router", hidden, arch.num_experts, place)
+        self.experts = Experts(name + "mlp.experts", arch, place)
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] without the last block's output ``delta`` [T, D] -> (x, delta, expert ids)."""
+        ops = self.ops
+        if delta is None:
+            h = ops.rms_norm(x, self.norm.weight, self.eps)
+        else:
+            h, x = ops.add_rms_norm(delta, x, self.norm.weight, self.eps)
+        q = self.q(h).unflatten(1, (-1, self.d))
+        k = self.key(h).unflatten(1, (-1, self.d))
+        v = self.v(h).unflatten(1, (-1, self.d))
+        q, k = ops.rope(q, k, *rotation)
+        ops.kv_write(k, v, *cache, plan.slots)
+        h = ops.paged_attention(q, *cache, plan, self.sinks.weight, self.scale)
+        delta = self.group.all_reduce(self.o(h))
+        h, x = ops.add_rms_norm(delta, x, self.expert_norm.weight, self.eps)
+        ids, weights = ops.route(self.router(h), self.k)
+        delta = self.group.all_reduce(self.experts(h, ids, weights))
+        return x, delta, ids
+
+
+class Decoder(nn.Module):
+    """Token ids to logits. Weights come from workers.weights; caches and plans from the runner."""
+
+    def __init__(self, arch: Architecture, place: Place) -> None:
+        super().__init__()
+        self.arch, self.ops = arch, place.ops
+        self.embed = VocabEmbedding(
+            "model.embed_tokens", arch.vocab_size, arch.hidden_size, place
+        )
+        self.blocks = nn.ModuleList(Block(arch, i, place) for i in range(arch.num_layers))
+        self.norm = Vector("model.norm.weight", arch.hidden_size, place)
+        self.head = VocabHead("lm_head", arch.vocab_size, arch.hidden_size, place)
+        self.rotary = Rotary(arch, place.dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        plans: Sequence[Plan],
+        cache: KVCache,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [S, vocabulary] at the rows ``last`` int64 [S], and expert ids [layers, T, k].
+
+        tokens, positions int64 [T]; ``plans`` by KV group. The caches take the new keys and values.
+        """
+        x = self.embed(tokens)
+        rotation = self.rotary(positions)
+        delta: Tensor | None = None
+        routed = []
+        for i, block in enumerate(self.blocks):
+            plan = plans[cache.group_of[i]]
+            x, delta, ids = block(x, delta, rotation, cache.layer(i), plan)
+            routed.append(ids)
+        assert delta is not None
+        h, _ = self.ops.add_rms_norm(
+            delta.index_select(0, last), x.index_select(0, last), self.norm.weight, self.arch.rms_norm_eps
+        )
+        return self.head(h), torch.stack(routed)
+
+
+class Rotary:
+    """cos and sin of every position as ``rope`` takes them, computed in fp32, rounded once."""
+
+    def __init__(self, arch: Architecture, dtype: torch.dtype) -> None:
+        frequencies, factor = inverse_frequencies(arch)
+        angles = torch.arange(arch.max_position, dtype=torch.float32)[:, None] * frequencies
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        self.cos = torch.cat((cos, cos), -1).to(dtype)[:, None]
+        self.sin = torch.cat((-sin, sin), -1).to(dtype)[:, None]
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[T] -> cos, sin [T, 1, d]."""
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+
+def inverse_frequencies(arch: Architecture) -> tuple[Tensor, float]:
+    """Rotary frequencies fp32 [d/2] in radians per position, and the factor on cos and sin.
+
+    YaRN (arXiv:2309.00071): dimensions that turn more than beta_fast times within the original
+    context keep their frequency, those below beta_slow are stretched by ``factor``, and those in
+    between are blended linearly. Scores grow by the square of the returned factor.
+    """
+    d, theta, yarn = arch.head_dim, arch.rope_theta, arch.yarn
+    frequencies = theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if yarn is None:
+        return frequencies, 1.0
+
+    def dimension(turns: float) -> float:
+        """The pair that turns so many times within the original context."""
+        return d * math.log(yarn.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    stretched = frequencies * (1 - ramp) + frequencies / yarn.factor * ramp
+    return stretched, 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
