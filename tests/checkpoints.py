@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "sliding_window": 8,
     "max_position_embeddings": 512,
-    "initializer_range": 0.3,
+    "initializer_range": 0.2,  # larger ones amplify rounding beyond any tolerance
     "rope_parameters": ROPE,
     "eos_token_id": 255,
     "pad_token_id": 254,

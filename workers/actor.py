@@ -101,7 +101,9 @@ class RankActor:
         from workers.channel import EngineSide
 
         self._engine = EngineLoop(
-            self._core.scheduler(plan), runner, lambda outputs: self._channel.publish(outputs),
+            self._core.scheduler(plan),
+            runner,
+            lambda outputs: self._channel.publish(outputs),
             self._plans if self._world > 1 else None,
         )
         self._channel = EngineSide(
@@ -153,9 +155,7 @@ class EngineReplica:
             .remote(spec, rank, world, key, threads)
             for rank in range(world)
         ]
-        where = await asyncio.wait_for(
-            self._ranks[0].rendezvous.remote(local), CONNECT_SECONDS
-        )
+        where = await asyncio.wait_for(self._ranks[0].rendezvous.remote(local), CONNECT_SECONDS)
         self.reports: list[RankReport] = await asyncio.wait_for(
             asyncio.gather(*[rank.load.remote(*where) for rank in self._ranks]), LOAD_SECONDS
         )

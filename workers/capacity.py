@@ -42,9 +42,7 @@ def capacity(
 
     Raises TooLittleMemory where --max-model-len was given and does not fit, or nothing does.
     """
-    groups = architecture.kv_groups(
-        spec.block_size, spec.tensor_parallel_size, kv_dtype_bytes
-    )
+    groups = architecture.kv_groups(spec.block_size, spec.tensor_parallel_size, kv_dtype_bytes)
     num_blocks = kv_bytes // groups[0].block_bytes - 1  # one more is allocated, for padding
     kv = KVConfig(groups, num_blocks, spec.block_size, spec.enable_prefix_caching)
     if num_blocks < 1:
@@ -62,12 +60,11 @@ def capacity(
     tokens = _longest(pool, architecture.max_position)
     length = min(asked, tokens + 1)  # the last token is sampled, never computed
     if length < asked and spec.max_model_len is not None:
+        needed = pool.blocks_needed(asked - 1)
         raise TooLittleMemory(
-            f"--max-model-len {asked} needs {pool.blocks_needed(asked - 1)} KV blocks of "
-            f"{groups[0].block_bytes:,} bytes, {kv_bytes:,} bytes per rank hold {num_blocks}: give "
-            f"--kv-cache-memory {(pool.blocks_needed(asked - 1) + 1) * groups[0].block_bytes} or at "
-            "most "
-            f"--max-model-len {length}"
+            f"--max-model-len {asked} needs {needed} KV blocks of {groups[0].block_bytes:,} bytes, "
+            f"{kv_bytes:,} bytes per rank hold {num_blocks}: give --kv-cache-memory "
+            f"{(needed + 1) * groups[0].block_bytes} or at most --max-model-len {length}"
         )
     if length < 2:
         raise TooLittleMemory(

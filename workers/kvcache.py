@@ -21,7 +21,12 @@ class KVCache:
     """
 
     def __init__(
-        self, config: KVConfig, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: KVConfig,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         planes = len(config.groups[0].layers)
         shape = (planes, 2, config.num_blocks + 1, config.block_size, kv_heads, head_dim)

@@ -12,9 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels.dispatch import Ops, Plan
+from kernels.dispatch import Plan
 from parallelism.experts import Experts
-from parallelism.layers import HeadLinear, Linear, Place, RowLinear, Vector, VocabEmbedding, VocabHead
+from parallelism.layers import (
+    HeadLinear,
+    HeadVector,
+    Linear,
+    Place,
+    RowLinear,
+    Vector,
+    VocabEmbedding,
+    VocabHead,
+)
 from workers.architecture import Architecture
 from workers.kvcache import KVCache
 
@@ -31,14 +40,25 @@ class Block(nn.Module):
         attention = name + "self_attn."
         hidden = arch.hidden_size
         self.norm = Vector(name + "input_layernorm.weight", hidden, place)
-        self.q = HeadLinear(attention + "q_proj", hidden, arch.num_heads, self.d, place)
-        self.key = HeadLinear(attention + "k_proj", hidden, arch.num_kv_heads, self.d, place)
-        self.v = HeadLinear(attention + "v_proj", hidden, arch.num_kv_heads, self.d, place)
-        self.sinks = Vector(attention + "sinks", arch.num_heads, place)
-        self.o = RowLinear(attention + "o_proj", arch.num_heads * self.d, hidden, place)
+        kv_heads = arch.num_kv_heads
+        projections = [("q_proj", arch.num_heads), ("k_proj", kv_heads), ("v_proj", kv_heads)]
+        self.qkv = HeadLinear(
+            [(attention + part, heads) for part, heads in projections], hidden, self.d, place
+        )
+        self.sinks = HeadVector(attention + "sinks", arch.num_heads, place)
+        self.o = RowLinear(attention + "o_proj", arch.num_heads, self.d, hidden, place)
         self.expert_norm = Vector(name + "post_attention_layernorm.weight", hidden, place)
         self.router = Linear(name + "mlp.router", hidden, arch.num_experts, place)
-        self.experts = Experts(name + "mlp.experts", arch, place)
+        self.experts = Experts(
+            name + "mlp.experts",
+            experts=arch.num_experts,
+            hidden=hidden,
+            intermediate=arch.intermediate_size,
+            mxfp4=arch.mxfp4,
+            limit=arch.swiglu_limit,
+            alpha=arch.swiglu_alpha,
+            place=place,
+        )
 
     def forward(
         self,
@@ -54,9 +74,7 @@ class Block(nn.Module):
             h = ops.rms_norm(x, self.norm.weight, self.eps)
         else:
             h, x = ops.add_rms_norm(delta, x, self.norm.weight, self.eps)
-        q = self.q(h).unflatten(1, (-1, self.d))
-        k = self.key(h).unflatten(1, (-1, self.d))
-        v = self.v(h).unflatten(1, (-1, self.d))
+        q, k, v = self.qkv(h)
         q, k = ops.rope(q, k, *rotation)
         ops.kv_write(k, v, *cache, plan.slots)
         h = ops.paged_attention(q, *cache, plan, self.sinks.weight, self.scale)
@@ -73,13 +91,12 @@ class Decoder(nn.Module):
     def __init__(self, arch: Architecture, place: Place) -> None:
         super().__init__()
         self.arch, self.ops = arch, place.ops
-        self.embed = VocabEmbedding(
-            "model.embed_tokens", arch.vocab_size, arch.hidden_size, place
-        )
+        self.embed = VocabEmbedding("model.embed_tokens", arch.vocab_size, arch.hidden_size, place)
         self.blocks = nn.ModuleList(Block(arch, i, place) for i in range(arch.num_layers))
         self.norm = Vector("model.norm.weight", arch.hidden_size, place)
-        self.head = VocabHead("lm_head", arch.vocab_size, arch.hidden_size, place)
-        self.rotary = Rotary(arch, place.dtype)
+        head = "model.embed_tokens" if arch.tie_word_embeddings else "lm_head"
+        self.head = VocabHead(head, arch.vocab_size, arch.hidden_size, place)
+        self.rotary = Rotary(arch, place)
 
     def forward(
         self,
@@ -103,7 +120,10 @@ class Decoder(nn.Module):
             routed.append(ids)
         assert delta is not None
         h, _ = self.ops.add_rms_norm(
-            delta.index_select(0, last), x.index_select(0, last), self.norm.weight, self.arch.rms_norm_eps
+            delta.index_select(0, last),
+            x.index_select(0, last),
+            self.norm.weight,
+            self.arch.rms_norm_eps,
         )
         return self.head(h), torch.stack(routed)
 
@@ -111,12 +131,12 @@ class Decoder(nn.Module):
 class Rotary:
     """cos and sin of every position as ``rope`` takes them, computed in fp32, rounded once."""
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype) -> None:
+    def __init__(self, arch: Architecture, place: Place) -> None:
         frequencies, factor = inverse_frequencies(arch)
         angles = torch.arange(arch.max_position, dtype=torch.float32)[:, None] * frequencies
         cos, sin = angles.cos() * factor, angles.sin() * factor
-        self.cos = torch.cat((cos, cos), -1).to(dtype)[:, None]
-        self.sin = torch.cat((-sin, sin), -1).to(dtype)[:, None]
+        self.cos = torch.cat((cos, cos), -1).to(place.device, place.dtype)[:, None]
+        self.sin = torch.cat((-sin, sin), -1).to(place.device, place.dtype)[:, None]
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[T] -> cos, sin [T, 1, d]."""
@@ -137,7 +157,9 @@ def inverse_frequencies(arch: Architecture) -> tuple[Tensor, float]:
 
     def dimension(turns: float) -> float:
         """The pair that turns so many times within the original context."""
-        return d * math.log(yarn.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            d * math.log(yarn.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:

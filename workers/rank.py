@@ -1,15 +1,36 @@
-"""STAND-IN rank: replaced when runner/weights are there."""
+"""One rank of an engine, from a ModelSpec to something that runs steps. No Ray, no threads."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import msgspec
+import psutil
+import torch
+from torch.distributed import Store
 
-from workers.architecture import Architecture
-from workers.capacity import Capacity
+from kernels.dispatch import choose
+from kernels.mxfp4 import BLOCK
+from parallelism.experts import Experts
+from parallelism.group import Group
+from parallelism.layers import Place
+from parallelism.layout import Layout, check
+from workers import weights
+from workers.architecture import Architecture, parse
+from workers.capacity import Capacity, capacity, default_kv_bytes
 from workers.config import ModelSpec
+from workers.kvcache import KVCache
+from workers.model import Decoder
+from workers.runner import Runner
+from workers.scheduler import Scheduler
+
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,35 +44,140 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     free_bytes: int  # of the device, after the weights
     kv_dtype_bytes: int
-    seconds: float
+    seconds: float  # to load
     notes: list[str] = []
 
 
+def read_json(file: Path) -> Mapping[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise weights.CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise weights.CheckpointError(f"{file} holds no JSON object")
+    return found
+
+
+def architecture(directory: Path) -> Architecture:
+    """Of a checkpoint. Raises CheckpointError, UnsupportedModel."""
+    generation = directory / "generation_config.json"
+    return parse(
+        read_json(directory / "config.json"),
+        read_json(generation) if generation.exists() else None,
+    )
+
+
 class Rank:
+    """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
+
     def __init__(self, spec: ModelSpec, rank: int, world: int) -> None:
-        import json
-        from pathlib import Path
+        self._spec, self._world = spec, world
+        self._directory = Path(spec.model)
+        self.architecture = arch = architecture(self._directory)
+        self._layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
+        check(
+            self._layout,
+            heads=arch.num_heads,
+            kv_heads=arch.num_kv_heads,
+            experts=arch.num_experts,
+            intermediate=arch.intermediate_size,
+            unit=BLOCK if arch.mxfp4 else 1,
+            vocabulary=arch.vocab_size,
+        )
+        cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
+        self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+        self._dtype = _DTYPES[spec.dtype]
+        self._place: Place | None = None
+        self._model: Decoder | None = None
 
-        from workers.architecture import parse
-        self.spec, self.rank, self.world = spec, rank, world
-        self.architecture = parse(json.loads((Path(spec.model) / "config.json").read_text()))
+    def load(
+        self, store: Store | None, progress: Callable[[int, int], None] = lambda done, of: None
+    ) -> RankReport:
+        """Join the other ranks over ``store`` and read this rank's weights.
 
-    def load(self, store: object) -> RankReport:
-        t = time.monotonic()
-        import torch  # noqa
+        ``progress`` hears (bytes read, of so many). Raises CheckpointError before anything is read.
+        """
+        began = time.monotonic()
+        ops = choose(self._spec.kernels, self._device, self._dtype)
+        group = Group(self._layout.rank, self._layout.tp)
+        place = Place(self._layout, group, ops, self._dtype, self._device)
+        arch = self.architecture
+        model = Decoder(arch, place)
+        unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
+        plan = weights.plan(model, self._directory, unused)
+        if store is not None:
+            group.join(store, self._device)
+        dequantise, notes = self._form_of_experts(model)
+        done = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(done, plan.size)
+
+        weights.load(model, plan, self._device, dequantise, advance)
+        self._place, self._model = place, model.eval()
         return RankReport(
-            rank=self.rank, pid=os.getpid(), node="127.0.0.1", device="cpu", threads=1,
-            weight_bytes=0, free_bytes=8 << 30, kv_dtype_bytes=4, seconds=time.monotonic() - t,
+            rank=self._layout.rank,
+            pid=os.getpid(),
+            node=platform.node(),
+            device=str(self._device),
+            threads=torch.get_num_threads(),
+            weight_bytes=_held(model),
+            free_bytes=self._free(),
+            kv_dtype_bytes=self._dtype.itemsize,
+            seconds=time.monotonic() - began,
+            notes=notes,
         )
 
-    def plan(self, free):
-        from workers.capacity import capacity, default_kv_bytes
-        return capacity(self.architecture, self.spec, default_kv_bytes(free, self.spec, False), 4)
+    def _form_of_experts(self, model: Decoder) -> tuple[bool, list[str]]:
+        """Whether to dequantise MXFP4 experts at load, and a line that says what that costs."""
+        unpacked = sum(m.unpacked_bytes for m in model.modules() if isinstance(m, Experts))
+        if not unpacked:
+            return False, []
+        packed = unpacked // self._dtype.itemsize * 17 // 32
+        sizes = f"{_size(packed)} as MXFP4, {_size(unpacked)} as {str(self._dtype)[6:]}"
+        if self._device.type == "cuda":
+            return False, [f"experts stay packed ({sizes})"]
+        if unpacked <= self._free() // 2:
+            return True, [f"experts are dequantised at load: {sizes}"]
+        return False, [f"experts stay packed and are dequantised on every use, slower ({sizes})"]
 
-    def scheduler(self, plan):
-        from workers.scheduler import Scheduler
-        return Scheduler(plan.scheduler, plan.kv)
+    def _free(self) -> int:
+        """Bytes this rank may still take; ranks on CPU are taken to share one node."""
+        if self._device.type == "cuda":
+            return torch.cuda.mem_get_info(self._device)[0]
+        return int(psutil.virtual_memory().available) // self._world
 
-    def allocate(self, capacity: Capacity):
-        from tests.fakes import FakeRunner
-        return FakeRunner(capacity.scheduler, capacity.kv, self.architecture.vocab_size)
+    def plan(self, free: int) -> Capacity:
+        """The KV pool where every rank has ``free`` bytes. Raises TooLittleMemory."""
+        kv_bytes = default_kv_bytes(free, self._spec, self._device.type == "cuda")
+        return capacity(self.architecture, self._spec, kv_bytes, self._dtype.itemsize)
+
+    def scheduler(self, plan: Capacity) -> Scheduler:
+        """Rank 0's."""
+        return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._dtype))
+
+    def allocate(self, plan: Capacity) -> Runner:
+        """Take the KV cache's memory."""
+        assert self._model is not None, "load first"
+        assert self._place is not None, "load first"
+        first, last = self._layout.heads(self.architecture.num_kv_heads)
+        cache = KVCache(
+            plan.kv, last - first, self.architecture.head_dim, self._dtype, self._device
+        )
+        return Runner(self._model, cache, plan.scheduler, self._place)
+
+
+def _held(model: Decoder) -> int:
+    """Bytes of the weights."""
+    found: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            found |= {id(t): t for t in (module.w13, module.w2) if isinstance(t, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in found.values())
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference import Rows
-from parallelism.group import Group
+from parallelism.layers import Place
 from workers.config import SchedulerConfig
 from workers.kvcache import KVCache
 from workers.model import Decoder
@@ -30,9 +30,10 @@ class Runner:
     """Holds what steps leave behind for the next: block tables and the last token of every slot."""
 
     def __init__(
-        self, model: Decoder, cache: KVCache, config: SchedulerConfig, group: Group
+        self, model: Decoder, cache: KVCache, config: SchedulerConfig, place: Place
     ) -> None:
-        self._model, self._cache, self._group = model, cache, group
+        self._model, self._cache = model, cache
+        self._group, self._layout = place.group, place.layout
         self._sampler = Sampler(config.max_num_seqs, config.eos_token_ids)
         self._joined = np.zeros(config.max_num_seqs, bool)
         self._tables = np.zeros((len(cache.config.groups), config.max_num_seqs, 8), np.int32)
@@ -63,7 +64,7 @@ class Runner:
                 Rows(
                     starts,
                     counts,
-                    tables[slots],
+                    tables[slots].astype(np.int64),
                     self._cache.config.block_size,
                     group.size,
                     self._cache.zero_block,
@@ -84,7 +85,7 @@ class Runner:
         calls: list[int] = []
         if launched.experts is not None:
             hit = torch.bincount(launched.experts.flatten(), minlength=self._model.arch.num_experts)
-            calls = self._model.calls_by_rank(hit)
+            calls = self._layout.calls_by_rank(hit.tolist())
         return StepResult(launched.step, launched.tokens.tolist(), expert_calls=calls)
 
     def _enter(self, batch: Batch) -> None:
@@ -98,9 +99,7 @@ class Runner:
                 self._tables = np.pad(self._tables, ((0, 0), (0, 0), (0, grown)))
             self._tables[table.group, table.slot, table.first : end] = table.blocks
 
-    def _choose(
-        self, logits: Tensor, slots: np.ndarray, positions: np.ndarray
-    ) -> Tensor:
+    def _choose(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
         """Rank 0 samples; every rank learns the tokens, since the next step starts from them."""
         if self._group.rank == 0:
             tokens = self._sampler(logits, slots, positions)
