@@ -19,8 +19,12 @@ class Engine:
     """One rank, its scheduler and its runner."""
 
     def __init__(self, directory: Path, rank: int = 0, store: Any = None, **spec: Any) -> None:
-        spec = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 4 << 20} | spec
-        self.spec = ModelSpec(model=str(directory), **spec)
+        defaults: dict[str, Any] = {
+            "device": "cpu",
+            "dtype": "float32",
+            "kv_cache_memory": 4 << 20,
+        }
+        self.spec = ModelSpec(model=str(directory), **(defaults | spec))
         self.rank = Rank(self.spec, rank, self.spec.tensor_parallel_size)
         self.report = self.rank.load(store)
         self.plan = self.rank.plan(self.report.free_bytes)
@@ -40,6 +44,11 @@ class Engine:
                 tokens[output.id] += output.tokens
         self.scheduler.check()
         return tokens
+
+    def leave(self) -> None:
+        """End the group of ranks."""
+        assert self.rank._place is not None
+        self.rank._place.group.leave()
 
     def slots(self) -> dict[int, str]:
         """Which request is in which slot."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from workers.architecture import Yarn, parse
 from workers.model import inverse_frequencies
 from workers.wire import Request
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "bf16, hub's rope": {"hub_rope": True, "shards": 3},
     "mxfp4": {"mxfp4": True, "shards": 2},
@@ -135,8 +134,8 @@ def test_a_tokens_logits_never_depend_on_its_company(mxfp4: bool, tmp_path: Path
 
 
 @pytest.fixture
-def requests() -> Iterator[list[Request]]:
-    yield [
+def requests() -> list[Request]:
+    return [
         greedy(f"r{i}", prompt, 25, temperature=0.8 * (i % 2), seed=i, top_k=20 * (i % 3))
         for i, prompt in enumerate(prompts(12, longest=45))
     ]

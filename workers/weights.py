@@ -225,19 +225,17 @@ def load(
 
 def _tensor(read: Read, maps: dict[Path, mmap.mmap]) -> Tensor:
     """The slice as a new tensor, in the dtype of the file."""
+    if not read.size:
+        return torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
     if read.file not in maps:
         with read.file.open("rb") as file:
             maps[read.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    source = np.frombuffer(maps[read.file], np.uint8)[read.offset :]
-    if not read.size:
-        data = np.empty(0, np.uint8)
-    else:
-        data = np.lib.stride_tricks.as_strided(
-            source,
-            (*(count for count, _ in read.repeats), read.length),
-            (*(stride for _, stride in read.repeats), 1),
-            writeable=False,
-        ).copy()
-    tensor = torch.from_numpy(data).view(-1).view(_DTYPES[read.dtype])
-    tensor = tensor.view(read.slice.stored_shape)
+    data = np.lib.stride_tricks.as_strided(
+        np.frombuffer(maps[read.file], np.uint8)[read.offset :],
+        (*(count for count, _ in read.repeats), read.length),
+        (*(stride for _, stride in read.repeats), 1),
+        writeable=False,
+    )
+    tensor = torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
+    tensor.view(-1).view(torch.uint8).numpy()[:] = data.ravel()
     return tensor.transpose(-1, -2) if read.slice.transposed else tensor
