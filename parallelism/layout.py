@@ -1,7 +1,8 @@
 """The rank grid: who holds which heads, experts and vocabulary. Pure.
 
 Attention and vocabulary are sharded over ``tp`` ranks. Experts are spread over the same ranks:
-whole ones (expert parallelism, a contiguous range each) or a cut along their intermediate dimension.
+whole ones (expert parallelism, a contiguous range each) or a cut through each of them along its
+intermediate dimension.
 """
 
 from __future__ import annotations
