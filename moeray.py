@@ -1,1 +1,29 @@
-# NOTE to whoever builds engine/channel/actor/app/service: this file is being written by another engineer right now (with workers/capacity.py and workers/rank.py: class Rank = spec -> runner/scheduler config on one rank). Do not write it; write workers/engine, channel, plans, actor and cluster/app, service, metrics (metrics.py is done).
+"""moeray's face: `from moeray import LLM, SamplingParams`, `python -m moeray`. Defines nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.llm import LLM, Completion, SamplingParams
+
+__all__ = ["LLM", "Completion", "SamplingParams", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        import cluster.llm
+
+        return getattr(cluster.llm, name)
+    raise AttributeError(f"module 'moeray' has no attribute {name!r}")
+
+
+def main() -> None:
+    """The command `moeray`."""
+    from cluster.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

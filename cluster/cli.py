@@ -1,1 +1,352 @@
-# NOTE to whoever builds engine/channel/actor/app/service: this file is being written by another engineer right now (with workers/capacity.py and workers/rank.py: class Rank = spec -> runner/scheduler config on one rank). Do not write it; write workers/engine, channel, plans, actor and cluster/app, service, metrics (metrics.py is done).
+"""The command ``moeray``: flags to a configuration, and what people see at start-up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+from rich.table import Table
+
+from workers.config import ModelSpec, ServiceConfig
+
+app = typer.Typer(
+    help="Serve mixture-of-experts language models: on a laptop without a GPU, or on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+say = Console(stderr=True, highlight=False)
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512MiB", "4G" or "1000000"."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write 512MiB, 4GiB or a number of bytes")
+    return int(float(match[1]) * (1 << _UNITS[match[2].upper()]))
+
+
+def fail(error: object) -> NoReturn:
+    """End with a sentence instead of a traceback."""
+    say.print(f"[bold red]moeray:[/] {error}", markup=True)
+    raise typer.Exit(1)
+
+
+def refuse(**asked: object) -> None:
+    """Flags of the contract whose feature is not there yet, by name."""
+    for flag, value in asked.items():
+        if value:
+            fail(f"--{flag.replace('_', '-')} is not available yet")
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A directory in Hugging Face layout, a hub id, or nothing: the bundled tiny-oss.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
+DType = Annotated[str, typer.Option(help="auto (bfloat16), bfloat16 or float32.")]
+Kernels = Annotated[str, typer.Option(help="auto, reference, cpu or triton (not yet).")]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="BYTES",
+        help="KV cache of each rank, e.g. 512MiB. Default: a quarter of the free memory and at "
+        "most 1 GiB on CPU; on CUDA what --gpu-memory-utilization leaves.",
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the longest sequence. Default: the model's, if the KV cache fits."
+    ),
+]
+Sequences = Annotated[int, typer.Option(help="Most sequences in one step.")]
+Tokens = Annotated[int, typer.Option(help="Most tokens in one step; longer prompts go in chunks.")]
+Blocks = Annotated[int, typer.Option(help="Tokens in a KV block.")]
+Caching = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse KV of common prefixes."
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"moeray {version('moeray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command()
+def serve(
+    model: Model = "",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    served_model_name: Annotated[
+        str, typer.Option(help="The model's name in requests. Default: last part of MODEL.")
+    ] = "",
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", "-tp", help="Ranks over which to shard the model."),
+    ] = 1,
+    data_parallel_size: Annotated[int, typer.Option(help="Not yet above 1.")] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-parallel",
+            help="Each rank holds whole experts, instead of a cut through all of them.",
+        ),
+    ] = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    kernels: Kernels = "auto",
+    kv_cache_memory: Memory = "",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto; others not yet.")] = "auto",
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of a GPU's free memory for the KV cache.")
+    ] = 0.9,
+    max_model_len: Length = None,
+    max_num_seqs: Sequences = 256,
+    max_num_batched_tokens: Tokens = 2048,
+    block_size: Blocks = 16,
+    enable_prefix_caching: Caching = True,
+    seed: Annotated[
+        int | None, typer.Option(help="Of requests that bring none. Default: drawn for each.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="Join the Ray cluster at this address instead of starting one.")
+    ] = "",
+    replicas: Annotated[int, typer.Option(help="Not yet above 1.")] = 1,
+    autoscale: Annotated[str, typer.Option(metavar="MIN:MAX", help="Not yet.")] = "",
+    config: Annotated[str, typer.Option(metavar="FILE", help="Not yet.")] = "",
+    api_key_file: Annotated[str, typer.Option(metavar="FILE", help="Not yet.")] = "",
+) -> None:
+    """Serve MODEL behind an OpenAI-compatible endpoint, until Ctrl-C or SIGTERM.
+
+    `moeray serve` alone serves the bundled tiny-oss. Then:
+
+    `curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json'
+    -d '{"messages": [{"role": "user", "content": "What is 17 + 25?"}]}'`
+    """
+    refuse(
+        data_parallel_size=data_parallel_size != 1,
+        replicas=replicas != 1,
+        autoscale=autoscale,
+        config=config,
+        api_key_file=api_key_file,
+        kv_cache_dtype=kv_cache_dtype != "auto",
+    )
+    if os.environ.get("MOERAY_API_KEY"):
+        fail("MOERAY_API_KEY is set, but API keys are not available yet; unset it to serve openly")
+    spec = _spec(
+        model=model,
+        served_model_name=served_model_name,
+        tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        kv_cache_memory=kv_cache_memory,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        enable_prefix_caching=enable_prefix_caching,
+        seed=seed,
+    )
+    from cluster import service
+
+    try:
+        service.serve(
+            ServiceConfig(models=(spec,), host=host, port=port, address=address or None),
+            on_ready=_ready,
+        )
+    except (ValueError, service.StartupError) as error:
+        fail(error)
+
+
+@app.command()
+def generate(
+    model: Model = "",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to ask or continue; may be given several times.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Send the prompt as a user's message, or continue it as it is. Default: chat if "
+            "the model has a chat template.",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. Default: the model's.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end.")] = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    kernels: Kernels = "auto",
+    kv_cache_memory: Memory = "",
+    max_model_len: Length = None,
+    block_size: Blocks = 16,
+) -> None:
+    """Generate in this process, without Ray: the same engine, for scripts and debugging.
+
+    The answer goes to standard output, everything else to standard error.
+    """
+    if not prompt:
+        raise typer.BadParameter("give --prompt TEXT")
+    from cluster.llm import LLM, SamplingParams
+
+    spec = _spec(
+        model=model,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        kv_cache_memory=kv_cache_memory,
+        max_model_len=max_model_len,
+        block_size=block_size,
+    )
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+    try:
+        with Progress(
+            "Loading weights",
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=say,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("", total=None)
+            llm = LLM(
+                **msgspec.structs.asdict(spec),
+                progress=lambda done, of: bar.update(task, completed=done, total=of),
+            )
+        for note in llm.report.notes:
+            say.print(note)
+        as_chat = llm.has_chat_template if chat is None else chat
+        for text in prompt:
+            messages = [{"role": "user", "content": text}]
+            for delta in llm.stream(messages if as_chat else text, params):
+                if delta.kind == "content":
+                    print(delta.text, end="", flush=True)
+                elif delta.kind == "call":
+                    print(f"{delta.name}{delta.text}", end="", flush=True)
+            print()
+    except ValueError as error:
+        fail(error)
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show a service's engines, their ranks, processes and nodes."""
+    from cluster import service
+
+    try:
+        found = service.status(url)
+    except (OSError, ValueError) as error:
+        fail(f"nothing answers at {url}: {error}")
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+        return
+    table = Table("engine", "rank", "pid", "node", "device", "weights", "running", "waiting")
+    for engine in found["engines"]:
+        for rank in engine["ranks"]:
+            table.add_row(
+                engine["engine"][2],
+                str(rank["rank"]),
+                str(rank["pid"]),
+                rank["node"],
+                rank["device"],
+                show_size(rank["weight_bytes"]),
+                str(engine["load"]["running"]),
+                str(engine["load"]["waiting"]),
+            )
+    Console().print(table)
+
+
+def show_size(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _spec(kv_cache_memory: str, **fields: Any) -> ModelSpec:
+    memory = parse_size(kv_cache_memory) if kv_cache_memory else None
+    if fields["kernels"] == "triton":
+        fail("--kernels triton is not available yet")
+    # Serving changes into a folder of its own; a relative path would lose its meaning.
+    if fields["model"] and Path(fields["model"]).expanduser().exists():
+        fields["model"] = str(Path(fields["model"]).expanduser().resolve())
+    try:
+        return msgspec.convert({"kv_cache_memory": memory, **fields}, ModelSpec)
+    except msgspec.ValidationError as error:
+        name = re.search(r"\$\.(\w+)", str(error))
+        flag = f"--{name[1].replace('_', '-')}: " if name else ""
+        raise typer.BadParameter(f"{flag}{error}") from error
+
+
+def _ready(url: str, engines: list[dict[str, Any]]) -> None:
+    """What was loaded, where the memory goes, and the URL."""
+    for engine in engines:
+        for rank in engine["ranks"]:
+            say.print(
+                f"rank {rank['rank']}: pid {rank['pid']} on {rank['node']}, {rank['device']}, "
+                f"{rank['threads']} threads, weights {show_size(rank['weight_bytes'])} in "
+                f"{rank['seconds']:.1f} s"
+            )
+        for note in engine["ranks"][0]["notes"]:
+            say.print(note)
+        say.print(
+            f"KV cache: {show_size(engine['kv_bytes'])} on each rank, {engine['kv_blocks']:,} blocks; "
+            f"one sequence alone could have {engine['kv_tokens']:,} tokens; sequences of "
+            f"{engine['max_model_len']:,} tokens at once: {engine['concurrency']:.1f}"
+        )
+        if engine["reduced"]:
+            say.print(
+                f"The model length is {engine['max_model_len']:,}, less than the model's own: give "
+                "more --kv-cache-memory for longer sequences"
+            )
+    print(f"moeray is ready at {url}", flush=True)

@@ -103,6 +103,10 @@ class Text:
         self._require()
         return list(self._private.encode(text, add_special_tokens=False).ids)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return "default" in self._templates
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
