@@ -19,7 +19,7 @@ from rich.table import Table
 from workers.config import ModelSpec, ServiceConfig
 
 app = typer.Typer(
-    help="Serve mixture-of-experts language models: on a laptop without a GPU, or on a Ray cluster.",
+    help="Serve mixture-of-experts language models on Ray, from a laptop without a GPU upwards.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -340,9 +340,10 @@ def _ready(url: str, engines: list[dict[str, Any]]) -> None:
         for note in engine["ranks"][0]["notes"]:
             say.print(note)
         say.print(
-            f"KV cache: {show_size(engine['kv_bytes'])} on each rank, {engine['kv_blocks']:,} blocks; "
-            f"one sequence alone could have {engine['kv_tokens']:,} tokens; sequences of "
-            f"{engine['max_model_len']:,} tokens at once: {engine['concurrency']:.1f}"
+            f"KV cache: {show_size(engine['kv_bytes'])} on each rank, "
+            f"{engine['kv_blocks']:,} blocks; one sequence alone could have "
+            f"{engine['kv_tokens']:,} tokens; sequences of {engine['max_model_len']:,} tokens at "
+            f"once: {engine['concurrency']:.1f}"
         )
         if engine["reduced"]:
             say.print(

@@ -132,7 +132,9 @@ def main(
     ids = tokenizer.get_vocab()
     stops = [ids[f"<|{name}|>"] for name in ("return", "endoftext", "call")]
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(saved["model"], size), out / "model.safetensors", {"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(tensors(saved["model"], size), weights, {"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes for the owner alone
     (out / "config.json").write_text(json.dumps(config(size, stops), indent=2) + "\n")
     generation = {"do_sample": False, "eos_token_id": stops, "pad_token_id": stops[1]}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
