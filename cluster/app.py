@@ -8,23 +8,25 @@ client that leaves would not be noticed otherwise. Whatever way it ends, the eng
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
+import logging
 import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import msgspec
 
 from cluster import directory, openai
 from cluster.metrics import CONTENT_TYPE, Metrics
-from cluster.openai import Call, Model, Refusal, unavailable
+from cluster.openai import Call, Model
 from cluster.reply import Reply, model_body, models_body
-from cluster.routing import Belief, NoEngine, choose
+from cluster.routing import Belief, choose
+from cluster.schema import Refusal, unavailable
 from cluster.text import Text
-from workers.channel import IngressSide
+from workers.channel import BEAT, ChannelClosed, Link
+from workers.config import ModelSpec
 from workers.wire import Engine, Load, Output, Request
 
 ENGINE_SECONDS = 30.0  # a request waits so long for an engine that starts again
@@ -32,6 +34,8 @@ STALL_SECONDS = 30.0  # without progress an engine is not ready
 MAX_BODY = 32 << 20  # bytes
 RETRY_AFTER = b"5"
 THREAD_BYTES = 16 << 10  # bodies longer than this are understood in a thread
+
+log = logging.getLogger(__name__)
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -61,8 +65,7 @@ class Inbox:
 
     async def take(self) -> list[Output]:
         """Everything that has come, at least one. Raises Disconnected."""
-        if not self._outputs and not self._gone:
-            await self._event.wait()
+        await self._event.wait()
         self._event.clear()
         if self._gone:
             raise Disconnected
@@ -70,78 +73,108 @@ class Inbox:
         return outputs
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """An engine this ingress is connected to."""
+
+    belief: Belief
+    link: Link
+    about: dict[str, Any]  # what its replica says of itself
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A request that an engine works on, and its lease."""
+
+    engine: Engine
+    peer: Peer
+    lease: asyncio.Task[None]
+
+
 class Ingress:
-    """The ASGI application of one service."""
+    """The ASGI application of one service. ``lease`` holds a replica's lease for a request.
+
+    It follows the engines between ASGI's ``lifespan.startup`` and ``lifespan.shutdown``.
+    """
 
     def __init__(
-        self, text: Text, name: str, vocab_size: int, lease: Lease, key: bytes,
-        seed: int, api_key: str = "", version: str = "",
+        self, spec: ModelSpec, text: Text, vocab_size: int, key: bytes, lease: Lease, version: str
     ) -> None:
-        self._text, self._name, self._vocab_size = text, name, vocab_size
-        self._lease, self._key, self._seed = lease, key, seed
-        self._api_key, self._version = api_key, version
-        self._id = f"ingress-{uuid.uuid4().hex[:12]}"
+        self._text, self._vocab_size = text, vocab_size
+        self._lease, self._key, self._seed = lease, key, spec.seed
+        self._version = version
+        self._id = f"ingress-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._engines: dict[Engine, Belief] = {}
-        self._links: dict[Engine, IngressSide] = {}
-        self._about: dict[str, Any] = {}  # replica -> its metadata
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # replica -> its link
+        self._peers: dict[Engine, Peer] = {}
         self._models: dict[str, Model] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # replica -> what keeps its link
         self._changed = asyncio.Event()
         self._metrics = Metrics(
-            lambda: [(engine, belief.load) for engine, belief in self._engines.items()]
+            lambda: [(engine, peer.belief.load) for engine, peer in self._peers.items()]
         )
 
-    def start(self) -> None:
-        """Begin to follow the engines; on the running loop."""
-        loop = asyncio.get_running_loop()
-        directory.watch(lambda found: loop.call_soon_threadsafe(self._follow, found) and None)
-
     # Engines.
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """ASGI's lifespan: connected to the engines from its start to its end."""
+        loop = asyncio.get_running_loop()
+
+        def changed(found: directory.Replicas) -> None:
+            loop.call_soon_threadsafe(self._follow, found)
+
+        assert (await receive())["type"] == "lifespan.startup"
+        directory.watch(changed)
+        await send({"type": "lifespan.startup.complete"})
+        try:
+            await receive()
+        finally:
+            directory.unwatch(changed)
+            self._follow({})
+        await send({"type": "lifespan.shutdown.complete"})
 
     def _follow(self, found: directory.Replicas) -> None:
         for replica in self._tasks.keys() - found.keys():
             self._tasks.pop(replica).cancel()
         for replica, about in found.items():
             if replica not in self._tasks and "address" in about:
-                task = asyncio.get_running_loop().create_task(self._link(replica, dict(about)))
+                task = asyncio.get_running_loop().create_task(self._connect(dict(about)))
                 self._tasks[replica] = task
 
-    async def _link(self, replica: str, about: dict[str, Any]) -> None:
+    async def _connect(self, about: dict[str, Any]) -> None:
+        """Keep a link to one engine, for as long as Serve lists its replica."""
         engine = msgspec.convert(about["engine"], Engine)
-
-        def heard(load: Load) -> None:
-            now = time.monotonic()
-            if engine in self._engines:
-                self._engines[engine].hear(load, now)
-                return
-            self._engines[engine], self._links[engine] = Belief(load, now), side
-            self._about[replica] = about
-            self._models[engine.model] = Model(
-                name=engine.model,
-                text=self._text,
-                max_model_len=about["max_model_len"],
-                vocab_size=self._vocab_size,
-                created=self._created,
-            )
-            self._changed.set()
-
         host, port = about["address"]
-        side = IngressSide((host, port), self._key, self._id, heard)
-        try:
-            await side.run()
-        finally:
-            self._engines.pop(engine, None)
-            self._links.pop(engine, None)
-            self._about.pop(replica, None)
+        while True:
+            belief = Belief(Load(), time.monotonic())
 
-    async def _choose(self, request: Request) -> Engine:
-        """An engine for the request, waiting for one that starts again. Raises Refusal."""
+            def hear(load: Load, belief: Belief = belief) -> None:
+                belief.hear(load, time.monotonic())
+
+            link = Link(self._id, host, port, self._key, about["epoch"], hear)
+            try:
+                await link.open()
+                self._models[engine.model] = Model(
+                    name=engine.model,
+                    text=self._text,
+                    max_model_len=about["max_model_len"],
+                    vocab_size=self._vocab_size,
+                    created=self._created,
+                )
+                self._peers[engine] = Peer(belief, link, about)
+                self._changed.set()
+                await link.lost.wait()
+            except ChannelClosed:
+                pass  # tried again below
+            finally:
+                self._peers.pop(engine, None)
+                await link.close()
+            await asyncio.sleep(BEAT)
+
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        """Wait for an engine that starts again. Raises Refusal."""
         try:
             async with asyncio.timeout(ENGINE_SECONDS):
-                while True:
-                    with contextlib.suppress(NoEngine):
-                        return choose(request, self._engines, time.monotonic()).engine
+                while not ready():
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
@@ -152,9 +185,9 @@ class Ingress:
     # HTTP.
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            assert scope["type"] == "lifespan", "no websockets here"
-            return await _lifespan(receive, send)
+        if scope["type"] == "lifespan":
+            return await self._live(receive, send)
+        assert scope["type"] == "http", "no websockets here"
         exchange = Exchange(scope, receive, send)
         try:
             await self._route(exchange)
@@ -162,6 +195,10 @@ class Ingress:
             await exchange.answer(refusal.status, refusal.body)
         except Disconnected:
             pass
+        except Exception:
+            log.exception("%s failed", exchange.scope["path"])
+            failure = Refusal("an internal error; see the log", status=500, type="server_error")
+            await exchange.answer(failure.status, failure.body)
         finally:
             if exchange.status:
                 self._metrics.responses.labels(exchange.status).inc()
@@ -169,8 +206,6 @@ class Ingress:
 
     async def _route(self, exchange: Exchange) -> None:
         method, path = exchange.scope["method"], exchange.scope["path"]
-        if path.startswith("/v1/") or path == "/status":
-            self._authorise(exchange)
         if (method, path) == ("POST", "/v1/completions"):
             await self._generate(exchange, openai.completions)
         elif (method, path) == ("POST", "/v1/chat/completions"):
@@ -200,92 +235,75 @@ class Ingress:
         else:
             raise Refusal(f"GET {path} does not exist", status=404)
 
-    def _authorise(self, exchange: Exchange) -> None:
-        if self._api_key:
-            given = exchange.header(b"authorization").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
-                raise Refusal(
-                    "the API key is missing or wrong: send it as Authorization: Bearer KEY",
-                    status=401,
-                    code="invalid_api_key",
-                )
-
     def _unready(self) -> str:
-        if not self._engines:
+        if not self._peers:
             return "no engine is connected"
-        ages = [belief.load.progress_ms / 1000 for belief in self._engines.values()]
+        ages = [peer.belief.load.progress_ms / 1000 for peer in self._peers.values()]
         if min(ages) > STALL_SECONDS:
             return f"no engine has ended a step for {min(ages):.0f} s"
         return ""
 
     def _status(self) -> bytes:
         engines = [
-            self._about[engine.replica] | {"load": msgspec.to_builtins(belief.load)}
-            for engine, belief in self._engines.items()
+            peer.about | {"load": msgspec.to_builtins(peer.belief.load)}
+            for peer in self._peers.values()
         ]
         return msgspec.json.encode({"ready": not self._unready(), "engines": engines})
 
     # Generation.
 
-    async def _generate(self, exchange: Exchange, parse: Callable[..., Call]) -> None:
+    async def _generate(self, exchange: Exchange, understand: Callable[..., Call]) -> None:
         began = time.monotonic()
-        if not self._models:
-            await self._choose(Request(id="", model=self._name, prompt=[], sampling=None))
         body = await exchange.body()
+        await self._until(lambda: bool(self._models))
         arguments = {
             "id": uuid.uuid4().hex,
-            "seed": self._seed or random.getrandbits(62),
+            "seed": random.getrandbits(62) if self._seed is None else self._seed,
             "now": int(time.time()),
         }
         if len(body) > THREAD_BYTES:
-            call = await asyncio.to_thread(parse, body, self._models, **arguments)
+            call = await asyncio.to_thread(understand, body, self._models, **arguments)
         else:
-            call = parse(body, self._models, **arguments)
+            call = understand(body, self._models, **arguments)
         inbox = Inbox()
         watch = asyncio.create_task(exchange.watch(inbox.leave))
-        held: dict[str, tuple[Engine, asyncio.Task[None]]] = {}
+        held: dict[str, Held] = {}
         try:
             for request in call.requests:
-                engine = await self._choose(request)
-                self._links[engine].submit(request, inbox.put)
-                self._engines[engine].reserve(request, time.monotonic())
-                held[request.id] = (engine, asyncio.create_task(self._hold(engine, request)))
+                held[request.id] = await self._submit(request, inbox.put)
             await self._deliver(exchange, Reply(call), inbox, held, began)
         finally:
             watch.cancel()
-            for id in held:
-                self._release(held, id)
-            await asyncio.gather(
-                watch, *[task for _, task in held.values()], return_exceptions=True
-            )
+            for id, holding in held.items():
+                _release(id, holding)
+            leases = [holding.lease for holding in held.values()]
+            await asyncio.gather(watch, *leases, return_exceptions=True)
 
-    async def _hold(self, engine: Engine, request: Request) -> None:
-        """Keep the lease; when the replica dies the request fails here, if not sooner."""
+    async def _submit(self, request: Request, receive: Callable[[Output], None]) -> Held:
+        await self._until(lambda: any(engine.model == request.model for engine in self._peers))
+        now = time.monotonic()
+        beliefs = {engine: peer.belief for engine, peer in self._peers.items()}
+        engine = choose(request, beliefs, now).engine
+        peer = self._peers[engine]
+        peer.link.submit(request, receive)
+        peer.belief.reserve(request, now)
+        return Held(engine, peer, asyncio.create_task(self._hold(engine, peer, request)))
+
+    async def _hold(self, engine: Engine, peer: Peer, request: Request) -> None:
+        """Keep the lease; when the replica dies the request ends here, if not sooner."""
         try:
             await self._lease(engine.replica, request)
-            reason = "its lease ran out"
-        except asyncio.CancelledError:
-            raise
+            why = "its lease ran out"
         except Exception as error:
-            reason = f"its engine was lost ({type(error).__name__})"
-        side = self._links.get(engine)
-        if side is not None:
-            side.fail(request.id, f"the request was ended: {reason}; send it again")
-
-    def _release(self, held: dict[str, tuple[Engine, asyncio.Task[None]]], id: str) -> None:
-        engine, task = held[id]
-        if side := self._links.get(engine):
-            side.cancel(id)
-        if belief := self._engines.get(engine):
-            belief.release(id)
-        task.cancel()
+            why = f"its engine was lost ({type(error).__name__})"
+        peer.link.fail(request.id, f"the request was ended: {why}; send it again")
 
     async def _deliver(
         self,
         exchange: Exchange,
         reply: Reply,
         inbox: Inbox,
-        held: dict[str, tuple[Engine, asyncio.Task[None]]],
+        held: dict[str, Held],
         began: float,
     ) -> None:
         """Outputs to the client until the answer is over."""
@@ -303,10 +321,10 @@ class Ingress:
                         self._metrics.between_tokens.observe(now - before)
                     last[output.id] = now
                 if output.reason is not None:
-                    self._release(held, output.id)
+                    _release(output.id, held[output.id])
                 chunks.append(reply.feed(output))
             for id in reply.aborts:
-                self._release(held, id)
+                _release(id, held[id])
             reply.aborts.clear()
             if reply.failure is not None and not exchange.status:
                 raise reply.failure
@@ -387,9 +405,32 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
+def _release(id: str, holding: Held) -> None:
+    """The request has ended, or must; telling it twice does no harm."""
+    holding.peer.link.abort(id)
+    holding.peer.belief.release(id)
+    holding.lease.cancel()
+
+
+class IngressReplica:
+    """The ingress as a Serve deployment. Wrapped by ``serve.ingress``, which asks for the app."""
+
+    def __init__(
+        self, spec: ModelSpec, vocab_size: int, key: bytes, version: str, engines: Any
+    ) -> None:
+        async def lease(replica: str, request: Request) -> None:
+            tokens = len(request.prompt) + request.sampling.max_tokens
+            held = engines.lease.remote(
+                replica, request.id, tokens, request.priority, request.deadline_ms
+            )
+            try:
+                await held
+            finally:
+                held.cancel()
+
+        self._app = Ingress(spec, Text(spec.model), vocab_size, key, lease, version)
+        # Makes the handle's router, which tells cluster/directory.py of replicas before any call.
+        engines._init()
+
+    def __serve_build_asgi_app__(self) -> Ingress:
+        return self._app

@@ -33,3 +33,8 @@ def watch(watcher: Callable[[Replicas], None]) -> None:
         _watchers.append(watcher)
         replicas = _replicas
     watcher(replicas)
+
+
+def unwatch(watcher: Callable[[Replicas], None]) -> None:
+    with _lock:
+        _watchers.remove(watcher)

@@ -1,4 +1,4 @@
-"""The shim that Serve pickles by value: a call goes to the replica that its first argument names."""
+"""The shim that Serve pickles by value: a call goes to the replica its first argument names."""
 
 from ray.serve.request_router import RequestRouter
 

@@ -13,11 +13,10 @@ prefix at its tail.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import numpy as np
 
 from workers.config import KVConfig, KVGroup
 
@@ -42,7 +41,7 @@ def prefix_hashes(root: bytes, tokens: Sequence[int], block_size: int) -> list[b
     To continue a chain, pass its last hash as ``root`` and only the tokens after it.
     """
     pages = len(tokens) // block_size
-    data = np.array(tokens[: pages * block_size], "<i4").tobytes()
+    data = struct.pack(f"<{pages * block_size}i", *tokens[: pages * block_size])
     size = 4 * block_size
     hashes = []
     for at in range(0, pages * size, size):
@@ -192,14 +191,20 @@ class BlockPool:
         """Free the pages that no query from ``position`` on can see."""
         for g, group in self._bounded:
             blocks = table.blocks[g]
-            first = first_visible(group, position) // self.block_size
-            gone = first - (table.end - len(blocks))
-            if gone > 0:
+            held = table.end - len(blocks)
+            if blocks and position >= self._leaves(group, held):
+                gone = first_visible(group, position) // self.block_size - held
                 leaving = blocks[:gone]
                 del blocks[:gone]
                 self.undo.append((blocks.__setitem__, (slice(0, 0), leaving)))
                 for block in reversed(leaving):
                     self._drop(g, block)
+
+    def _leaves(self, group: KVGroup, page: int) -> int:
+        """The first position that sees nothing of ``page``."""
+        if group.kind == "window":
+            return (page + 1) * self.block_size + group.size - 1
+        return (page * self.block_size // group.size + 1) * group.size
 
     def extend(self, table: PageTable, num_tokens: int) -> list[list[int]]:
         """Blocks for the pages up to ``num_tokens``; the new ones by group, from the old end on."""
@@ -217,9 +222,8 @@ class BlockPool:
         """The first position at which ``trim`` or ``extend`` has something to do."""
         change = table.end * self.block_size
         for g, group in self._bounded:
-            if group.kind == "window" and (held := len(table.blocks[g])):
-                leaves = (table.end - held + 1) * self.block_size + group.size - 1
-                change = min(change, leaves)
+            if blocks := table.blocks[g]:
+                change = min(change, self._leaves(group, table.end - len(blocks)))
         return change
 
     def release(self, table: PageTable) -> None:

@@ -16,7 +16,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -61,10 +61,10 @@ class Cancel(msgspec.Struct, tag=True):
 
 
 class Resume(msgspec.Struct, tag=True):
-    """A live request of a connection that broke, and how many generated tokens have arrived."""
+    """After a broken connection: the requests that still live, and how many of the generated tokens
+    of each have arrived. Requests not named here are aborted."""
 
-    id: str
-    seen: int
+    seen: dict[str, int]
 
 
 class Beat(msgspec.Struct, tag=True):
@@ -96,8 +96,10 @@ async def receive(reader: asyncio.StreamReader) -> Any:
             return _decoder.decode(await reader.readexactly(size))
     except TimeoutError:
         raise ChannelClosed(f"no frame within {SILENCE:.0f} s") from None
-    except (OSError, EOFError, msgspec.DecodeError) as error:
-        raise ChannelClosed(str(error) or "closed by the other side") from error
+    except EOFError:
+        raise ChannelClosed("the other side has closed the connection") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ChannelClosed(str(error)) from error
 
 
 def prove(key: bytes, role: bytes, challenge: bytes, own: bytes) -> bytes:
@@ -108,11 +110,11 @@ def prove(key: bytes, role: bytes, challenge: bytes, own: bytes) -> bytes:
 class _Lease:
     """A request's outputs as the engine has given them, kept for an ingress that comes back."""
 
-    __slots__ = ("cached", "end", "ended", "first", "ingress", "tokens")
+    __slots__ = ("cached", "end", "ended", "epoch", "first", "ingress", "tokens")
 
-    def __init__(self, ingress: str, first: int) -> None:
-        self.ingress = ingress
-        self.first = first  # offset of tokens[0]
+    def __init__(self, ingress: str, request: Request) -> None:
+        self.ingress, self.epoch = ingress, request.epoch
+        self.first = len(request.emitted)  # offset of tokens[0]
         self.tokens: list[int] = []
         self.cached = 0
         self.end: Output | None = None
@@ -146,7 +148,9 @@ class ChannelServer:
     async def listen(self, host: str) -> int:
         """Accept ingresses on a free port of ``host``; returns the port."""
         self._loop = asyncio.get_running_loop()
-        self._server = await asyncio.start_server(self._serve, host, 0)
+        self._server = await asyncio.start_server(
+            lambda reader, writer: self._spawn(self._serve(reader, writer)), host, 0
+        )
         self._spawn(self._beat())
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -154,20 +158,22 @@ class ChannelServer:
         """Stop listening and hang up; what has been written is sent first."""
         if self._server is not None:
             self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
         for writer in list(self._writers.values()):
             writer.close()
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), BEAT)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def publish(self, outputs: list[Output], load: Load | None = None) -> None:
         """Send a step's outputs to whoever holds the requests. Thread-safe, does not block."""
         assert self._loop is not None, "listen first"
         self._loop.call_soon_threadsafe(self._deliver, outputs, load)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -230,42 +236,38 @@ class ChannelServer:
             writer.close()
             if ingress and self._writers.get(ingress) is writer:
                 del self._writers[ingress]
-                self._spawn(self._abandon(ingress))
+                if self._server is not None and self._server.is_serving():
+                    self._spawn(self._abandon(ingress))
 
     def _take(self, ingress: str, frame: Frame) -> None:
         if isinstance(frame, Submit):
             request = frame.request
-            self._leases[request.id] = _Lease(ingress, len(request.emitted))
+            if request.id in self._leases:
+                raise ChannelClosed(f"request {request.id!r} came twice")
+            self._leases[request.id] = _Lease(ingress, request)
             self._submit(request)
         elif isinstance(frame, Cancel):
             self._abort(frame.abort.id)
         elif isinstance(frame, Resume):
-            self._resume(ingress, frame)
+            for id, seen in frame.seen.items():
+                self._resume(ingress, id, seen)
+            for id, lease in self._leases.items():
+                if lease.ingress == ingress and lease.end is None and id not in frame.seen:
+                    self._abort(id)
         elif not isinstance(frame, Beat):
             raise ChannelClosed(f"unexpected {type(frame).__name__}")
 
-    def _resume(self, ingress: str, frame: Resume) -> None:
-        lease = self._leases.get(frame.id)
+    def _resume(self, ingress: str, id: str, seen: int) -> None:
+        lease = self._leases.get(id)
         if lease is None or lease.ingress != ingress:
-            lost = Output(frame.id, 0, frame.seen, [], "error", "the engine has lost the request")
-            self._send(ingress, [lost], None)
-            return
-        end = lease.end
-        rest = lease.tokens[frame.seen - lease.first :]
-        if end is not None:
-            missed = Output(
-                frame.id,
-                end.epoch,
-                frame.seen,
-                rest,
-                end.reason,
-                end.detail,
-                lease.cached,
-                end.stop,
-            )
-            self._send(ingress, [missed], None)
-        elif rest:
-            self._send(ingress, [Output(frame.id, 0, frame.seen, rest, cached=lease.cached)], None)
+            missed = Output(id, 0, seen, [], "error", "the engine does not know the request")
+        else:
+            rest = lease.tokens[seen - lease.first :]
+            missed = Output(id, lease.epoch, seen, rest, cached=lease.cached)
+            if lease.end is not None:
+                end = lease.end
+                missed.reason, missed.detail, missed.stop = end.reason, end.detail, end.stop
+        self._send(ingress, [missed], None)
 
     async def _abandon(self, ingress: str) -> None:
         await asyncio.sleep(GRACE)
@@ -283,15 +285,21 @@ class Link:
 
     ``receive`` of a request gets its Outputs until one has a reason. When the engine is lost, every
     live request gets an Output with reason ``error``; a broken connection alone is repaired.
+    ``hear`` gets the engine's reports. ``lost`` is set when the engine is.
     """
 
-    def __init__(self, ingress: str, host: str, port: int, key: bytes, epoch: int) -> None:
-        self.epoch = epoch
-        self.load = Load()
-        self.heard = 0.0  # monotonic time of the last frame
-        self.engine: Engine | None = None
+    def __init__(
+        self,
+        ingress: str,
+        host: str,
+        port: int,
+        key: bytes,
+        epoch: int,
+        hear: Callable[[Load], None],
+    ) -> None:
         self.lost = asyncio.Event()
         self._ingress, self._address, self._key = ingress, (host, port), key
+        self._epoch, self._hear = epoch, hear
         self._live: dict[str, tuple[Receive, int]] = {}  # id -> (receive, generated tokens seen)
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
@@ -343,12 +351,12 @@ class Link:
                 welcome.digest, prove(self._key, b"engine", nonce, challenge.nonce)
             ):
                 raise ChannelClosed("the engine does not know this service's key")
-            if welcome.epoch != self.epoch:
+            if welcome.epoch != self._epoch:
                 raise ChannelClosed("another engine answers at this address")
         except BaseException:
             writer.transport.abort()
             raise
-        self.engine, self._writer, self.heard = welcome.engine, writer, time.monotonic()
+        self._writer = writer
         return reader
 
     async def _run(self, reader: asyncio.StreamReader) -> None:
@@ -372,9 +380,8 @@ class Link:
         try:
             reader = await self._dial()
         except ChannelClosed:
-            raise ChannelClosed(f"the engine is gone ({why})") from why
-        for id, (_, seen) in self._live.items():
-            self._write(Resume(id, seen))
+            raise ChannelClosed(f"the engine is gone ({why}); send the request again") from why
+        self._write(Resume({id: seen for id, (_, seen) in self._live.items()}))
         return reader
 
     async def _beat(self) -> None:
@@ -383,14 +390,13 @@ class Link:
             self._write(Beat())
 
     def _take(self, frame: Frame) -> None:
-        self.heard = time.monotonic()
         if not isinstance(frame, Deliver):
             raise ChannelClosed(f"unexpected {type(frame).__name__}")
         outputs = frame.outputs
-        if outputs.epoch != self.epoch:
+        if outputs.epoch != self._epoch:
             return  # a zombie's late word
         if outputs.load is not None:
-            self.load = outputs.load
+            self._hear(outputs.load)
         for output in outputs.outputs:
             live = self._live.get(output.id)
             if live is None:
@@ -401,8 +407,13 @@ class Link:
                 del self._live[output.id]
             live[0](output)
 
+    def fail(self, id: str, why: str) -> None:
+        """End a live request with an error, and stop it if the engine is still there."""
+        if live := self._live.get(id):
+            self.abort(id)
+            live[0](Output(id, 0, live[1], [], "error", why))
+
     def _lose(self, why: str) -> None:
         self.lost.set()
-        live, self._live = self._live, {}
-        for id, (deliver, seen) in live.items():
-            deliver(Output(id, 0, seen, [], "error", why))
+        for id in list(self._live):
+            self.fail(id, why)

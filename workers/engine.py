@@ -8,21 +8,22 @@ never used again.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
 
-from workers.plans import BEAT_SECONDS, PlanReceiver, PlanSender
+from workers.plans import BEAT, Follower, Leader
 from workers.scheduler import Scheduler
 from workers.wire import Abort, Batch, Load, Output, Request, StepResult
 
-STALL_SECONDS = 120.0  # a step that takes longer counts as hung
-LOAD_SECONDS = 0.2  # how old a report may be while steps run
+STALL = 600.0  # seconds after which a step counts as hung: big chunks on small machines take long
+REPORT = 0.2  # seconds between reports while steps run
+
+log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -34,160 +35,167 @@ class Runner(Protocol):
 class EngineLoop:
     """Requests in, outputs out, from a thread of its own.
 
-    ``publish`` gets the outputs of each step on that thread and must not block. ``round`` is called
-    once before every step; several engines will agree there on whether to take part in one.
+    ``publish`` gets the outputs of each step, and now and then a report; it must not block, and is
+    called from the loop's thread, or from that of a ``submit`` to an engine that has ended.
+    ``round`` is called before every step; several engines will agree there on taking part in one.
+    ``ended`` is called when the loop is over, after its last outputs.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: Runner,
-        publish: Callable[[Sequence[Output]], None],
-        plans: PlanSender | None = None,
+        publish: Callable[[list[Output], Load | None], None],
+        leader: Leader | None = None,
         round: Callable[[], None] = lambda: None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
+        self.failure: str | None = None
         self._scheduler, self._runner = scheduler, runner
-        self._publish, self._plans, self._round = publish, plans, round
-        self._inbox: deque[Request | Abort] = deque()
+        self._publish, self._leader, self._round, self._ended = publish, leader, round, ended
+        self._inbox: list[Request | Abort] = []
+        self._lock = threading.Lock()  # of the inbox and the failure
         self._wake = threading.Event()
         self._stopping = False
-        self._live: dict[str, int] = {}  # request -> epoch
+        self._live: dict[str, Request] = {}
         self._load = scheduler.load()
-        self._load_at = self._progress_at = time.monotonic()
-        self._idle = True
-        self.failure: str | None = None
+        self._reported = self._progress = time.monotonic()
+        self._idle, self._audited = True, True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Take a request; from any thread. Its terminal Output comes, whatever happens."""
-        self._put(request)
+        """Take a request; from any thread. It gets exactly one terminal Output, whatever comes."""
+        if not self._put(request):
+            self._publish([_error(request, "the engine has ended")], None)
 
     def abort(self, id: str) -> None:
         """End a request before the next step; from any thread."""
         self._put(Abort(id))
 
-    def stop(self, seconds: float = 10.0) -> None:
+    def stop(self, timeout: float = 10.0) -> None:
         """End the loop after the step that runs; live requests get an error."""
         self._stopping = True
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(seconds)
+        self._thread.join(timeout)
 
     def load(self) -> Load:
         """The last report; from any thread."""
-        age = 0.0 if self._idle else time.monotonic() - self._progress_at
+        age = 0.0 if self._idle else time.monotonic() - self._progress
         return msgspec.structs.replace(self._load, progress_ms=int(age * 1000))
 
     def trouble(self) -> str | None:
         """Why the engine cannot serve; None while it is idle or makes progress."""
-        if self.failure is not None:
-            return self.failure
-        age = time.monotonic() - self._progress_at
-        if not self._idle and age > STALL_SECONDS:
+        age = time.monotonic() - self._progress
+        if self.failure is None and not self._idle and age > STALL:
             return f"no step has ended for {age:.0f} s"
-        return None
+        return self.failure
 
-    def _put(self, item: Request | Abort) -> None:
-        self._inbox.append(item)
+    def _put(self, item: Request | Abort) -> bool:
+        with self._lock:
+            if self.failure is not None:
+                return False
+            self._inbox.append(item)
         self._wake.set()
+        return True
 
     def _run(self) -> None:
         try:
             while not self._stopping:
                 self._take_inbox()
-                if self._scheduler.has_work():
+                if self._scheduler.has_work() or self._due() == 0:
                     self._step()
                 else:
-                    self._sleep()
+                    self._rest()
+            self._fail("the engine was shut down", "")
         except Exception as error:
-            traceback.print_exc()
-            self._fail(f"the engine failed: {type(error).__name__}: {error}")
-        else:
-            self._fail("the engine was shut down")
+            log.exception("the engine failed")
+            kind = type(error).__name__
+            self._fail(f"the engine failed ({kind}) and is being replaced", f": {error}")
         finally:
-            if self._plans is not None:
-                self._plans.close()
+            if self._leader is not None:
+                self._leader.close()
+            self._ended()
 
     def _take_inbox(self) -> None:
         self._wake.clear()
+        with self._lock:
+            items, self._inbox = self._inbox, []
         now = time.monotonic()
         outputs: list[Output] = []
-        while self._inbox:
-            item = self._inbox.popleft()
+        for item in items:
             if isinstance(item, Abort):
                 outputs += self._scheduler.abort(item.id, now)
             else:
-                self._live[item.id] = item.epoch
+                self._live[item.id] = item
                 outputs += self._scheduler.add(item, now)
-        if outputs:
+        if items:
             self._emit(outputs)
-            self._report(now)
 
     def _step(self) -> None:
         if self._idle:
-            self._idle, self._progress_at = False, time.monotonic()
+            self._progress = time.monotonic()
+            self._idle = self._audited = False
         self._round()
         batch = self._scheduler.plan(time.monotonic())
-        if self._plans is not None:
-            self._plans.send(batch)
+        self._tell(batch)
         result = self._runner.collect(self._runner.launch(batch))
-        now = time.monotonic()
-        outputs = self._scheduler.commit(batch, result, now)
-        self._progress_at = now
-        if outputs:
-            self._emit(outputs)
-        if now - self._load_at >= LOAD_SECONDS:
-            self._report(now)
+        self._progress = time.monotonic()
+        self._emit(self._scheduler.commit(batch, result, self._progress))
 
-    def _sleep(self) -> None:
+    def _rest(self) -> None:
         """Until something arrives, a deadline passes, or the ranks must hear a sign of life."""
-        now = time.monotonic()
-        if not self._idle:
-            self._idle = True
-            self._report(now)
-        deadline = self._scheduler.next_deadline()
-        if deadline is not None and deadline <= now:
-            self._step()  # expires what is due
+        self._idle = True
+        due = self._due()
+        if self._wake.wait(BEAT if due is None else min(BEAT, due)):
             return
-        seconds = None if deadline is None else deadline - now
-        if self._plans is not None:
-            seconds = min(seconds or BEAT_SECONDS, BEAT_SECONDS)
-        if not self._wake.wait(seconds) and self._plans is not None:
-            self._plans.check()
-            self._plans.send(None)
+        if not self._audited:
+            self._scheduler.check()
+            self._audited = True
+        self._tell(None)
 
-    def _report(self, now: float) -> None:
-        self._load, self._load_at = self._scheduler.load(), now
+    def _due(self) -> float | None:
+        """Seconds until a request expires; None if none can."""
+        deadline = self._scheduler.next_deadline()
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    def _emit(self, outputs: Sequence[Output]) -> None:
+    def _tell(self, batch: Batch | None) -> None:
+        if self._leader is not None:
+            self._leader.send(batch)
+
+    def _emit(self, outputs: list[Output]) -> None:
         for output in outputs:
             if output.reason is not None:
                 self._live.pop(output.id, None)
-        self._publish(outputs)
+        now, load = time.monotonic(), None
+        if now - self._reported >= REPORT or not self._scheduler.has_work():
+            load = self._load = self._scheduler.load()
+            self._reported = now
+        if outputs or load is not None:
+            self._publish(outputs, load)
 
-    def _fail(self, why: str) -> None:
-        """Every live request ends here, and so does every one that still comes."""
-        self.failure = why
-        self._put_failed(why)
-
-    def _put_failed(self, why: str) -> None:
-        while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, Request):
-                self._live[item.id] = item.epoch
-        outputs = [Output(id, epoch, 0, [], "error", why) for id, epoch in self._live.items()]
+    def _fail(self, why: str, details: str) -> None:
+        """Every live request ends here; those that still come are answered by ``submit``."""
+        with self._lock:
+            self.failure = why + details
+            items, self._inbox = self._inbox, []
+        live = [*self._live.values(), *[item for item in items if isinstance(item, Request)]]
         self._live.clear()
-        if outputs:
-            self._publish(outputs)
+        self._publish([_error(request, f"{why}; send the request again") for request in live], None)
 
 
-def follow(plans: PlanReceiver, runner: Runner) -> None:
-    """What a rank other than 0 does until rank 0 stops it. Raises PlanLost, and what a step does."""
+def _error(request: Request, why: str) -> Output:
+    return Output(request.id, request.epoch, len(request.emitted), [], "error", why)
+
+
+def follow(follower: Follower, runner: Runner) -> None:
+    """What a rank other than 0 does until rank 0 is gone. Raises PlanLost, and what a step does."""
     try:
-        while (batch := plans.receive()) is not None:
-            runner.collect(runner.launch(batch))
+        while True:
+            batch = follower.receive()
+            if batch is not None:
+                runner.collect(runner.launch(batch))
     finally:
-        plans.close()
+        follower.close()

@@ -18,6 +18,7 @@ from workers.wire import Batch
 
 BEAT = 1.0  # seconds between heartbeats of an idle engine
 DEADLINE = 60.0  # seconds a rank waits for another before it gives up
+HANDSHAKE = 5.0  # seconds a connection has to say who it is
 MAX_PLAN = 64 << 20  # bytes
 
 
@@ -65,19 +66,20 @@ class Leader:
                 raise PlanLost(
                     f"ranks {sorted(missing)} have not come in {timeout:.0f} s"
                 ) from None
-            sock.settimeout(DEADLINE)
+            sock.settimeout(HANDSHAKE)
             nonce = secrets.token_bytes(32)
-            sock.sendall(nonce)
             try:
+                sock.sendall(nonce)
                 rank = int.from_bytes(_read(sock, 4), "little")
                 digest = _read(sock, 32)
-            except PlanLost:
+            except (PlanLost, OSError):
                 sock.close()
                 continue
             expected = hmac.digest(self._key, nonce + rank.to_bytes(4, "little"), "sha256")
             if not hmac.compare_digest(digest, expected):
                 sock.close()
                 continue
+            sock.settimeout(DEADLINE)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._followers[rank] = sock
 

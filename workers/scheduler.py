@@ -184,6 +184,9 @@ class Scheduler:
         pool, table = self.pool, seq.table
         assert table is not None
         pool.trim(table, start)
+        if stop <= table.end * pool.block_size:
+            self._columns[CHANGE, seq.slot] = pool.next_change(table)
+            return stop
         while not self._starved and pool.room(table) <= start:
             # Blocks that come back with a commit are worth a pause, not a recomputation; and
             # whoever comes after must not take them meanwhile.
@@ -291,20 +294,21 @@ class Scheduler:
                 self._publish(seq, first, blocks)
         self.pool.close_step()
         outputs, self._outputs = self._outputs, []
+        emit, before = outputs.append, len(outputs)
         for seq, token in zip(step.sampling, result.tokens, strict=True):
             if seq.done:
                 continue
             tokens = seq.tokens
             tokens.append(token)
-            load.generated_tokens += 1
-            if token in seq.stops or len(tokens) >= seq.limit:
-                reason = seq.ended()
-                if reason:
-                    outputs.append(self._finish(seq, reason, None, token))
-                    continue
-            offset = len(tokens) - seq.prompt - 1
-            outputs.append(Output(seq.id, seq.epoch, offset, [token], None, None, seq.cached))
-            seq.cached = 0
+            known = len(tokens)
+            if (token in seq.stops or known >= seq.limit) and (reason := seq.ended()):
+                emit(self._finish(seq, reason, None, token))
+            elif seq.cached:
+                emit(Output(seq.id, seq.epoch, known - seq.prompt - 1, [token], cached=seq.cached))
+                seq.cached = 0
+            else:
+                emit(Output(seq.id, seq.epoch, known - seq.prompt - 1, [token]))
+        load.generated_tokens += len(outputs) - before
         for id in result.transfers:
             self.resolve(id, "remote_kv", now)
         load.steps += 1

@@ -129,10 +129,11 @@ class Step:
         first, end, table = start // block_size, stop // block_size, seq.table
         assert table is not None
         if end > first:
-            blocks = []
-            for held in table.blocks:
-                base = table.end - len(held)
-                blocks.append(held[first - base : end - base])
+            # Counted from the end: groups hold different numbers of pages before it.
+            last = table.end
+            blocks = [
+                held[len(held) - last + first : len(held) - last + end] for held in table.blocks
+            ]
             self.full_pages.append((seq, first, blocks))
 
     def batch(

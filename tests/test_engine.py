@@ -1,0 +1,270 @@
+"""The engine loop and its followers: real threads and sockets, a fake model."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeRunner
+from tests.oracle import generate
+from workers.config import KVConfig, KVGroup, SchedulerConfig
+from workers.engine import EngineLoop, follow
+from workers.plans import Follower, Leader, PlanLost
+from workers.scheduler import Scheduler
+from workers.wire import Batch, Load, Output, Request, Sampling, StepResult
+
+VOCAB = 50
+DEADLINE = 30.0
+CONFIG = SchedulerConfig(
+    max_num_seqs=4, max_num_batched_tokens=16, max_model_len=200, eos_token_ids=(0,)
+)
+KV = KVConfig(
+    (KVGroup("full", (0,), 64), KVGroup("window", (1,), 64, 8)), num_blocks=60, block_size=4
+)
+KEY = b"a key of thirty-two bytes ......"
+
+
+def request(id: str, tokens: int = 20, **fields: Any) -> Request:
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True, seed=3)
+    prompt = [1 + (len(id) + i) % (VOCAB - 1) for i in range(9)]
+    return Request(**({"id": id, "model": "m", "prompt": prompt, "sampling": sampling} | fields))
+
+
+class Published:
+    """What an engine has published, by request."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, list[Output]] = {}
+        self.load = Load()
+        self._changed = threading.Condition()
+
+    def __call__(self, outputs: Sequence[Output], load: Load | None) -> None:
+        with self._changed:
+            for output in outputs:
+                self.tokens.setdefault(output.id, []).extend(output.tokens)
+                if output.reason is not None:
+                    self.ends.setdefault(output.id, []).append(output)
+            self.load = load or self.load
+            self._changed.notify_all()
+
+    def until(self, ready: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(ready, DEADLINE), "not in time"
+
+    def end(self, id: str) -> Output:
+        self.until(lambda: id in self.ends)
+        (end,) = self.ends[id]
+        return end
+
+
+class Gate:
+    """A runner whose steps wait to be let through."""
+
+    def __init__(self, inner: FakeRunner) -> None:
+        self.inner, self.steps = inner, threading.Semaphore(0)
+        self.failure: Exception | None = None
+
+    def launch(self, batch: Batch) -> int:
+        assert self.steps.acquire(timeout=DEADLINE)
+        if self.failure is not None:
+            raise self.failure
+        return self.inner.launch(batch)
+
+    def collect(self, handle: int) -> StepResult:
+        return self.inner.collect(handle)
+
+
+def runner() -> FakeRunner:
+    return FakeRunner(CONFIG, KV, VOCAB)
+
+
+@pytest.fixture
+def published() -> Published:
+    return Published()
+
+
+@pytest.fixture
+def loops() -> Iterator[list[EngineLoop]]:
+    """Loops to be stopped."""
+    loops: list[EngineLoop] = []
+    yield loops
+    for loop in loops:
+        loop.stop()
+
+
+def test_requests_from_many_threads_end_as_they_would_alone(
+    published: Published, loops: list[EngineLoop]
+) -> None:
+    rounds: list[None] = []
+    loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published, round=lambda: rounds.append(None))
+    loops.append(loop)
+    loop.start()
+    requests = [request("r" * n) for n in range(1, 13)]
+    threads = [threading.Thread(target=loop.submit, args=(r,)) for r in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for r in requests:
+        assert published.end(r.id).reason == "length"
+        assert published.tokens[r.id] == generate(r, CONFIG, KV.groups, VOCAB)[0]
+    published.until(lambda: published.load.running + published.load.waiting == 0)
+    assert len(rounds) == published.load.steps
+    assert loop.trouble() is None
+    assert loop.load().progress_ms == 0
+
+
+def test_an_abort_frees_the_request_whether_it_runs_or_waits(
+    published: Published, loops: list[EngineLoop]
+) -> None:
+    gate = Gate(runner())
+    loop = EngineLoop(Scheduler(CONFIG, KV), gate, published)
+    loops.append(loop)
+    loop.start()
+    for n in range(6):  # four run, two wait
+        loop.submit(request(f"r{n}", tokens=150))
+    gate.steps.release()
+    published.until(lambda: bool(published.tokens))
+    for n in range(6):
+        loop.abort(f"r{n}")
+    gate.steps.release()  # the step that was under way
+    for n in range(6):
+        assert published.end(f"r{n}").reason == "abort"
+    published.until(lambda: published.load.free == KV.num_blocks)
+    loop.abort("unknown")
+    loop.submit(request("after", tokens=3))
+    gate.steps.release(10)
+    assert published.end("after").reason == "length"
+
+
+def test_what_can_never_be_served_is_refused(published: Published, loops: list[EngineLoop]) -> None:
+    loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published)
+    loops.append(loop)
+    loop.start()
+    loop.submit(request("long", prompt=[1] * 300))
+    end = published.end("long")
+    assert end.reason == "error"
+    assert "300 tokens" in str(end.detail)
+
+
+def test_a_deadline_passes_while_nothing_else_happens(
+    published: Published, loops: list[EngineLoop]
+) -> None:
+    loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published)
+    loops.append(loop)
+    loop.start()
+    loop.submit(request("r", waits=("image",), deadline_ms=50))
+    assert published.end("r").detail == "the deadline passed after 0 tokens"
+
+
+def test_a_failed_step_ends_every_request_once_and_later_ones_too(published: Published) -> None:
+    gate = Gate(runner())
+    ended = threading.Event()
+    loop = EngineLoop(Scheduler(CONFIG, KV), gate, published, ended=ended.set)
+    loop.start()
+    for n in range(6):
+        loop.submit(request(f"r{n}", tokens=100))
+    gate.steps.release()
+    published.until(lambda: bool(published.tokens))
+    gate.failure = RuntimeError("device lost")
+    gate.steps.release()
+    assert ended.wait(DEADLINE)
+    loop.submit(request("late"))
+    loop.abort("late")
+    for id in ("r0", "r1", "r2", "r3", "r4", "r5", "late"):
+        end = published.end(id)
+        assert end.reason == "error", id
+        assert "device lost" not in str(end.detail), "clients need no internals"
+    assert "device lost" in str(loop.trouble())
+    loop.stop()
+
+
+def test_stopping_ends_live_requests(published: Published) -> None:
+    gate = Gate(runner())
+    loop = EngineLoop(Scheduler(CONFIG, KV), gate, published)
+    loop.start()
+    loop.submit(request("r", tokens=100))
+    gate.steps.release()
+    published.until(lambda: "r" in published.tokens)
+    gate.steps.release()
+    loop.stop()
+    assert published.end("r").reason == "error"
+
+
+class Ranks:
+    """Rank 0's loop with real followers, each in a thread."""
+
+    def __init__(self, published: Published, world: int) -> None:
+        leader = Leader("127.0.0.1", KEY)
+        self.runners = [runner() for _ in range(world)]
+        self.ends: queue.Queue[Exception] = queue.Queue()
+        self.followers: list[Follower] = []
+        for rank in range(1, world):
+            threading.Thread(target=self._follow, args=(leader.port, rank), daemon=True).start()
+        leader.accept(world - 1, DEADLINE)
+        self.loop = EngineLoop(Scheduler(CONFIG, KV), self.runners[0], published, leader)
+        self.loop.start()
+
+    def _follow(self, port: int, rank: int) -> None:
+        follower = Follower("127.0.0.1", port, rank, KEY)
+        self.followers.append(follower)
+        try:
+            follow(follower, self.runners[rank])
+        except Exception as error:
+            self.ends.put(error)
+
+
+def test_every_rank_runs_every_step_and_hears_of_the_end(published: Published) -> None:
+    ranks = Ranks(published, 3)
+    requests = [request("r" * n) for n in range(1, 7)]
+    for r in requests:
+        ranks.loop.submit(r)
+    for r in requests:
+        published.end(r.id)
+        assert published.tokens[r.id] == generate(r, CONFIG, KV.groups, VOCAB)[0]
+    ranks.loop.stop()
+    for _ in range(2):
+        assert isinstance(ranks.ends.get(timeout=DEADLINE), PlanLost)
+    assert len({runner.steps for runner in ranks.runners}) == 1
+    for other in ranks.runners[1:]:
+        assert other.last == ranks.runners[0].last
+
+
+def test_a_follower_that_fails_fails_the_engine(published: Published) -> None:
+    ranks = Ranks(published, 2)
+    ranks.loop.submit(request("r", tokens=5))
+    published.end("r")
+    ranks.runners[1].steps = 1000  # the next step will not be what it expects
+    ranks.loop.submit(request("last", tokens=5))
+    assert isinstance(ranks.ends.get(timeout=DEADLINE), AssertionError)
+    # An idle leader hears of it by its next heartbeats; a fake step needs no other rank.
+    published.end("last")
+    ranks.loop._thread.join(DEADLINE)
+    assert "rank 1" in str(ranks.loop.trouble())
+
+
+def test_a_stranger_cannot_follow() -> None:
+    leader = Leader("127.0.0.1", KEY)
+    heard: queue.Queue[str] = queue.Queue()
+
+    def intrude() -> None:
+        stranger = Follower("127.0.0.1", leader.port, 1, b"another key")
+        try:
+            stranger.receive()
+        except PlanLost as lost:
+            heard.put(str(lost))
+        finally:
+            stranger.close()
+
+    thread = threading.Thread(target=intrude)
+    thread.start()
+    with pytest.raises(PlanLost, match=r"ranks \[1\] have not come"):
+        leader.accept(1, 1.0)
+    thread.join(DEADLINE)
+    assert "closed the plan channel" in heard.get(timeout=DEADLINE)
+    leader.close()
