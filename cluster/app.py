@@ -342,11 +342,6 @@ class Exchange:
         self.scope = scope
         self.status = 0  # once the answer has begun
         self._receive, self._send = receive, send
-        given = self.header(b"x-request-id")
-        self._id = given if given.isprintable() and 0 < len(given) <= 200 else uuid.uuid4().hex
-
-    def header(self, name: bytes) -> str:
-        return next((v.decode("latin-1") for k, v in self.scope["headers"] if k == name), "")
 
     async def body(self) -> bytes:
         """The request's body. Raises Refusal where it is too large, Disconnected."""
@@ -401,7 +396,6 @@ class Exchange:
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
-        headers.append((b"x-request-id", self._id.encode("latin-1")))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 

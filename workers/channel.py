@@ -377,6 +377,8 @@ class Link:
     async def _redial(self, why: ChannelClosed) -> asyncio.StreamReader:
         """A new connection to the same engine, which then sends what was missed."""
         log.warning("side channel to %s broke (%s); dialling again", self._address, why)
+        if self._writer is not None:
+            self._writer.close()
         try:
             reader = await self._dial()
         except ChannelClosed:

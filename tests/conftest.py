@@ -1,0 +1,24 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.service import Service
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The real service: the bundled model on two ranks, each with whole experts, behind HAProxy."""
+    service = Service(
+        tmp_path_factory.mktemp("service"),
+        *("--tensor-parallel-size", "2", "--enable-expert-parallel", "--device", "cpu"),
+        *("--kv-cache-memory", "3MiB", "--max-num-seqs", "8"),
+    )
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        assert service.stop() == 0, service.said()

@@ -1,0 +1,312 @@
+"""Known bugs: each is put into a copy of the code, and its test must fail. ``make mutants``.
+
+Most are the numeric traps of gpt-oss: mistakes that still give fluent text.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LOGITS = "tests/test_model.py::test_logits_equal_transformers[{kernels}-{form}]"
+BF16 = LOGITS.format(kernels="auto", form="bf16")
+MXFP4 = LOGITS.format(kernels="auto", form="mxfp4")
+REFERENCE = LOGITS.format(kernels="reference", form="bf16")
+HUB = LOGITS.format(kernels="auto", form="bf16, hub's rope")
+COMPANY = "tests/test_model.py::test_a_tokens_logits_never_depend_on_its_company[False]"
+TWO_RANKS = "tests/test_parallel.py::test_tokens_equal_those_of_one_process[2]"
+FOUR_RANKS = "tests/test_parallel.py::test_tokens_equal_those_of_one_process[4]"
+SHARES = "tests/test_weights.py::test_ranks_read_their_share_and_no_more"
+
+
+class Mutant(NamedTuple):
+    file: str
+    text: str  # occurs exactly once
+    replacement: str
+    test: str
+    why: str
+
+
+MUTANTS = (
+    # Attention.
+    Mutant(
+        "kernels/reference.py",
+        "sink = sinks.float()[:, None, None]",
+        "sink = sinks.float()[:, None, None] * scale",
+        REFERENCE,
+        "the sink is a logit of its own, not scaled like scores",
+    ),
+    Mutant(
+        "kernels/reference.py",
+        ".softmax(dim=-1)[..., :-1]",
+        "[..., :-1].softmax(dim=-1)",
+        REFERENCE,
+        "the sink belongs into the denominator",
+    ),
+    Mutant(
+        "kernels/reference.py",
+        "visible &= key > query - rows.window",
+        "visible &= key >= query - rows.window",
+        REFERENCE,
+        "a window of n sees itself and n - 1 others: one key too many",
+    ),
+    Mutant(
+        "kernels/reference.py",
+        "return max(0, position - self.window + 1) if self.window else 0",
+        "return max(0, position - self.window + 2) if self.window else 0",
+        REFERENCE,
+        "one key too few",
+    ),
+    Mutant(
+        "kernels/exact.py",
+        "visible &= key[:, None, :] > pos[:, :, None] - rows.window",
+        "visible &= key[:, None, :] >= pos[:, :, None] - rows.window",
+        BF16,
+        "the same in the exact kernels",
+    ),
+    Mutant(
+        "kernels/reference.py",
+        "half = q.shape[-1] // 2",
+        "half = 1",
+        REFERENCE,
+        "halves are rotated, not neighbours",
+    ),
+    Mutant(
+        "workers/architecture.py",
+        '"full_attention" if i % 2 else "sliding_attention" for i in range(layers)',
+        '"sliding_attention" if i % 2 else "full_attention" for i in range(layers)',
+        "tests/test_checkpoint_config.py",
+        "even layers slide where the configuration does not say",
+    ),
+    Mutant(
+        "workers/architecture.py",
+        'windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds)',
+        'windows=tuple(0 if kind == "sliding_attention" else window for kind in kinds)',
+        BF16,
+        "which layers have the window",
+    ),
+    Mutant(
+        "workers/model.py",
+        "self.scale, self.eps = arch.head_dim, arch.head_dim**-0.5, arch.rms_norm_eps",
+        "self.scale, self.eps = arch.head_dim, arch.hidden_size**-0.5, arch.rms_norm_eps",
+        BF16,
+        "scores are scaled by the head's size",
+    ),
+    Mutant(
+        "parallelism/layers.py",
+        'biases.append(part(f"{name}.bias", (count * head_dim,), 0, cut))',
+        'biases.append(part(f"{heads[0][0]}.bias", (heads[0][1] * head_dim,), 0, cut))',
+        BF16,
+        "each projection has its own bias",
+    ),
+    # Positions.
+    Mutant(
+        "workers/model.py",
+        "return stretched, 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0",
+        "return stretched, 1.0",
+        BF16,
+        "YaRN's concentration",
+    ),
+    Mutant(
+        "workers/model.py",
+        "    if yarn.truncate:\n",
+        "    if not yarn.truncate:\n",
+        "tests/test_model.py::test_yarn_equals_transformers",
+        "YaRN's truncation",
+    ),
+    Mutant(
+        "workers/model.py",
+        "stretched = frequencies * (1 - ramp) + frequencies / yarn.factor * ramp",
+        "stretched = frequencies * ramp + frequencies / yarn.factor * (1 - ramp)",
+        BF16,
+        "the low frequencies are stretched",
+    ),
+    Mutant(
+        "workers/architecture.py",
+        'config.get("rope_parameters") or config.get("rope_scaling") or {}',
+        'config.get("rope_parameters") or {}',
+        HUB,
+        "the hub's spelling of the rope configuration",
+    ),
+    Mutant(
+        "workers/architecture.py",
+        'config.get("rope_parameters") or config.get("rope_scaling") or {}',
+        'config.get("rope_scaling") or {}',
+        BF16,
+        "transformers' spelling of it",
+    ),
+    # Experts.
+    Mutant(
+        "kernels/exact.py",
+        "gate, up = x[..., 0::2].clamp(max=limit), x[..., 1::2].clamp(-limit, limit)",
+        "gate, up = x.chunk(2, -1)\n    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)",
+        BF16,
+        "gate and up rows are interleaved, not halves",
+    ),
+    Mutant(
+        "kernels/exact.py",
+        "x[..., 1::2].clamp(-limit, limit)",
+        "x[..., 1::2]",
+        BF16,
+        "up is clamped",
+    ),
+    Mutant(
+        "kernels/reference.py",
+        "gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)",
+        "gate, up = gate.clamp(-limit, limit), up.clamp(-limit, limit)",
+        "tests/test_kernels.py",
+        "gate is clamped from above only",
+    ),
+    Mutant(
+        "kernels/exact.py",
+        "return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)",
+        "return gate / (1 + torch.exp(-alpha * gate)) * up",
+        BF16,
+        "up + 1",
+    ),
+    Mutant(
+        "kernels/exact.py",
+        "return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)",
+        "return gate / (1 + torch.exp(-gate)) * (up + 1)",
+        BF16,
+        "alpha is 1.702",
+    ),
+    Mutant(
+        "kernels/reference.py",
+        "return ids, top.softmax(dim=-1, dtype=torch.float32)",
+        "return ids, logits.softmax(dim=-1, dtype=torch.float32).gather(-1, ids)",
+        BF16,
+        "the router's softmax is over the chosen experts only",
+    ),
+    Mutant(
+        "workers/model.py",
+        "ids, weights = ops.route(self.router(h), self.k)",
+        "ids, weights = ops.route(self.router(h) - self.router.bias, self.k)",
+        BF16,
+        "the router has a bias",
+    ),
+    Mutant(
+        "parallelism/experts.py",
+        "slice2 = Slice(down, shape, (mine, (first, last), every), transposed=True)",
+        "slice2 = Slice(down, shape, (mine, (first, last), every))",
+        BF16,
+        "bf16 matrices are stored [in, out]",
+    ),
+    # MXFP4.
+    Mutant(
+        "kernels/mxfp4.py",
+        "torch.stack((values[byte & 15], values[byte >> 4]), dim=1)",
+        "torch.stack((values[byte >> 4], values[byte & 15]), dim=1)",
+        MXFP4,
+        "the low nibble comes first",
+    ),
+    Mutant("kernels/mxfp4.py", "[..., None] - 127", "[..., None] - 128", MXFP4, "the scales' bias"),
+    Mutant(
+        "kernels/mxfp4.py",
+        "_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)",
+        "_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)",
+        MXFP4,
+        "e2m1's values",
+    ),
+    # Sharding.
+    Mutant(
+        "parallelism/layers.py",
+        "part(name, (heads,), 0, place.layout.heads(heads))",
+        "part(name, (heads,), 0, (0, heads // place.layout.tp))",
+        SHARES,
+        "sinks are cut like the heads",
+    ),
+    Mutant(
+        "parallelism/layers.py",
+        "mine = (0, outputs if place.layout.rank == 0 else 0)",
+        "mine = (0, outputs)",
+        SHARES,
+        "the output projection's bias counts once",
+    ),
+    Mutant(
+        "parallelism/layout.py",
+        "return self.expert_parallel or self.rank == 0",
+        "return True",
+        TWO_RANKS,
+        "the down projection's bias counts once",
+    ),
+    Mutant(
+        "parallelism/layout.py",
+        "return _even(count, count, self.rank * count // self.tp)",
+        "return _even(count, count, self.rank % count)",
+        "tests/test_layout.py::test_query_heads_meet_their_kv_head",
+        "which KV head a rank holds when there are fewer than ranks",
+    ),
+    Mutant(
+        "parallelism/experts.py",
+        "pairs = (2 * first, 2 * last)",
+        "pairs = (first, last + intermediate - (last - first))",
+        SHARES,
+        "a cut through the experts takes whole pairs of gate and up",
+    ),
+    Mutant(
+        "parallelism/layers.py",
+        "self._group.all_reduce(x.masked_fill_(~mine[:, None], 0))",
+        "self._group.all_reduce(x)",
+        TWO_RANKS,
+        "an embedding counts on the one rank that has it",
+    ),
+    Mutant(
+        "parallelism/group.py",
+        "if self.size == 2 or x.device.type",
+        "if self.size == 4 or x.device.type",
+        "tests/test_parallel.py::test_four_ranks_sum_in_the_order_of_ranks",
+        "a sum's order must not depend on its place",
+    ),
+    # The same token in other company.
+    Mutant("kernels/exact.py", "ROWS = 16", "ROWS = 1 << 20", COMPANY, "products in fixed tiles"),
+    Mutant(
+        "workers/sampler.py",
+        "keys = _mix64(self._key[slots] + positions.astype(np.uint64))",
+        "keys = _mix64(self._key[slots] + slots.astype(np.uint64))",
+        "tests/test_model.py::test_tokens_survive_preemption_and_chunking[reference]",
+        "noise depends on the position",
+    ),
+    Mutant(
+        "workers/runner.py",
+        "(starts + counts)[samples]",
+        "starts[samples]",
+        "tests/test_model.py::test_tokens_survive_preemption_and_chunking[reference]",
+        "noise does not depend on the chunk in which a prompt ended",
+    ),
+    Mutant(
+        "workers/blocks.py",
+        "return max(0, position - group.size + 1)",
+        "return max(0, position - group.size + 2)",
+        "tests/test_blocks.py::test_ledger_equals_the_formula",
+        "a page leaves the window when no query sees it",
+    ),
+    Mutant(
+        "workers/blocks.py",
+        "limit = min(len(hashes), (num_tokens - 1) // self.block_size)",
+        "limit = len(hashes)",
+        "tests/test_blocks.py::test_prefix_hits",
+        "a hit leaves at least one token to compute",
+    ),
+    Mutant(
+        "workers/sequence.py",
+        "if generated > self.sampling.min_tokens",
+        "if generated",
+        "tests/test_scheduler.py::test_traffic",
+        "min_tokens",
+    ),
+    # Reading.
+    Mutant(
+        "workers/weights.py",
+        "if first < 0 or 8 + length + last > size:",
+        "if first < 0:",
+        "tests/test_weights.py::test_faulty_files_are_named[truncate]",
+        "a truncated file",
+    ),
+    Mutant(
+        "workers/weights.py",
+        "if found.shape != part.shape:",
+        "if prod(found.shape) != prod(part.shape):",
+        "tests/test_weights.py::test_faulty_tensors_are_named",
+        "another shape of the same size",
+    ),
+)
