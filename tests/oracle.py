@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,12 @@ def visible(group: KVGroup, position: int) -> list[int]:
 def mask(group: KVGroup, queries: U64, keys: U64) -> Mask:
     """The same as a matrix [queries, keys]."""
     q, k = queries[:, None].astype(np.int64), keys[None, :].astype(np.int64)
-    if group.kind == "full":
-        return k <= q
+    seen: Mask = k <= q
     if group.kind == "window":
-        return (k <= q) & (k > q - group.size)
-    return (k <= q) & (k // group.size == q // group.size)
+        seen &= k > q - group.size
+    elif group.kind == "chunk":
+        seen &= k // group.size == q // group.size
+    return seen
 
 
 def mix(x: U64) -> U64:

@@ -191,14 +191,18 @@ def test_an_engine_must_prove_itself_too() -> None:
             writer.write(encode(channel.Challenge(bytes(32))))
             proof = await channel.receive(reader)
             writer.write(encode(channel.Welcome(proof.digest, ENGINE, EPOCH)))  # reflected
-            await reader.read()
+            assert await reader.read() == b""
             writer.close()
+            await writer.wait_closed()
+            over.set()
 
+        over = asyncio.Event()
         server = await asyncio.start_server(impostor, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
             with pytest.raises(ChannelClosed, match="does not know"):
                 await Client(Fake(), port).link.open()
+            await over.wait()
 
     run(work)
 

@@ -145,10 +145,11 @@ def test_attention(
 
 
 def experts_case(
-    dtype: torch.dtype, tokens: int, mxfp4: bool, seed: int = 0, hidden: int = 64
-) -> tuple[Tensor, ...]:
-    draw = torch.Generator().manual_seed(seed)
-    count, inner, k = 8, 96, 3
+    dtype: torch.dtype, tokens: int, mxfp4: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, ids, weights, w13, b13, w2, b2 of 8 experts, 3 for each token."""
+    draw = torch.Generator().manual_seed(0)
+    count, inner, k, hidden = 8, 96, 3, 64
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
@@ -157,11 +158,10 @@ def experts_case(
     w13, b13 = randn(count, 2 * inner, hidden) * 0.5, randn(count, 2 * inner)
     w2, b2 = randn(count, hidden, inner) * 0.2, randn(count, hidden)
     ids, weights = reference.route(logits, k)
-    matrices = (w13.to(dtype), w2.to(dtype))
     if mxfp4:
-        packed = tuple(MXFP4(*quantize_mxfp4(w)) for w in (w13, w2))
-        matrices = tuple(dequantize(w, dtype) for w in packed)
-    return x.to(dtype), ids, weights, matrices[0], b13.to(dtype), matrices[1], b2.to(dtype)
+        w13, w2 = (dequantize(MXFP4(*quantize_mxfp4(w)), dtype) for w in (w13, w2))
+    x, w13, b13, w2, b2 = (t.to(dtype) for t in (x, w13, b13, w2, b2))
+    return x, ids, weights, w13, b13, w2, b2
 
 
 @pytest.mark.parametrize("dtype", KERNELS)
@@ -327,8 +327,9 @@ def test_exact_products_never_depend_on_their_batch() -> None:
     moe = exact.experts(*case, 0, 7.0, 1.702)
     for first, last in ((0, 1), (3, 20), (17, 70), (69, 70)):
         assert torch.equal(exact.linear(x[first:last], w, None), expected[first:last])
-        part = [t[first:last] for t in case[:3]]
-        assert torch.equal(exact.experts(*part, *case[3:], 0, 7.0, 1.702), moe[first:last])
+        x_part, ids, weights = (t[first:last] for t in case[:3])
+        part = exact.experts(x_part, ids, weights, *case[3:], 0, 7.0, 1.702)
+        assert torch.equal(part, moe[first:last])
 
 
 def test_dispatch_says_what_runs_and_refuses_what_cannot() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,9 +107,8 @@ def test_streams_give_the_same_text_and_may_be_left(tiny_oss: LLM) -> None:
     deltas = [d.text for d in tiny_oss.stream(messages, params) if d.kind == "content"]
     assert len(deltas) > 5
     assert "".join(deltas) == "b-a-n-a-n-a"
-    stream = tiny_oss.stream(messages, params)
-    next(stream)
-    stream.close()
+    with contextlib.closing(tiny_oss.stream(messages, params)) as stream:
+        next(stream)
     load = tiny_oss._scheduler.load()
     assert (load.running, load.waiting) == (0, 0)
     assert load.free == load.blocks

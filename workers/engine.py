@@ -48,7 +48,7 @@ class EngineLoop:
         publish: Callable[[list[Output], Load | None], None],
         leader: Leader | None = None,
         round: Callable[[], None] = lambda: None,
-        ended: Callable[[], None] = lambda: None,
+        ended: Callable[[], object] = lambda: None,
     ) -> None:
         self.failure: str | None = None
         self._scheduler, self._runner = scheduler, runner
