@@ -1,4 +1,4 @@
-"""fp32 kernels for CPU whose result for a row never depends, not even in the last bit, on the batch.
+"""fp32 kernels for CPU: a row's result never depends, not even in the last bit, on the batch.
 
 Matrix libraries pick their order of summation by shape, so every product here has a fixed shape: 16
 rows at a time, padded with zeros. Attention runs over tiles of 16 queries and 64 keys that lie at
@@ -104,7 +104,7 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TilePlan, sinks: Tensor, scale: float
 ) -> Tensor:
     """The softmax runs along the key tiles with a running maximum that starts at the sink."""
-    tokens, heads, size = q.shape
+    _, heads, size = q.shape
     kv = k_cache.shape[1]
     group = heads // kv
     padded = torch.cat((q, q.new_zeros(1, heads, size)))[plan.queries]

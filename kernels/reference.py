@@ -1,7 +1,7 @@
 """The mathematics of every kernel in plain torch: what the others are measured against.
 
-Shapes: T tokens of a step, D hidden size, N output features, H query heads, KV key heads, G = H / KV,
-d head size, E experts on this rank, k experts per token, I intermediate size of this rank,
+Shapes: T tokens of a step, D hidden size, N output features, H query heads, KV key heads,
+G = H / KV, d head size, E experts on this rank, k experts per token, I intermediate size of this rank,
 S slots of the KV cache (block * block_size + offset). Sums, softmax and norms are in fp32.
 Source of the model's mathematics: the gpt-oss model card, arXiv:2508.10925.
 """
@@ -114,8 +114,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q [T, H, d] and k [T, KV, d], element i with element i + d/2 (arXiv:2104.09864).
 
-    cos and sin are [T, 1, d] in q's dtype, for both halves: sin is negated in the first one, so that
-    a rotation is x * cos + (x with its halves swapped) * sin.
+    cos and sin are [T, 1, d] in q's dtype, for both halves: sin is negated in the first one, so
+    that a rotation is x * cos + (x with its halves swapped) * sin.
     """
     half = q.shape[-1] // 2
     return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
@@ -179,8 +179,8 @@ def experts(
 ) -> Tensor:
     """The weighted sum over those of each token's experts that live on this rank: [T, D].
 
-    x [T, D], ids and weights [T, k] (global expert ids), w13 [E, 2 I, D], b13 [E, 2 I], w2 [E, D, I],
-    b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that must not add it
+    x [T, D], ids and weights [T, k] (global expert ids), w13 [E, 2 I, D], b13 [E, 2 I],
+    w2 [E, D, I], b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that must not add it
     again when I is sharded. The weight multiplies the biased output.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -115,7 +115,7 @@ def with_mxfp4_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def quantize_mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise ``w`` [..., out, in] to blocks u8 [..., out, in/32, 16] and scales u8 [..., out, in/32].
+    """Blocks u8 [..., out, in/32, 16] and scales u8 [..., out, in/32] of ``w`` [..., out, in].
 
     Scales are powers of two rounded up from max|w| / 6 (the value 6 is never exceeded); elements
     are rounded to the nearest e2m1 value, ties to the even code; element 2b is the low nibble of

@@ -66,7 +66,7 @@ def test_tiny_oss_answers_rightly_under_pressure(tmp_path: Path) -> None:
     service = Service(
         tmp_path,
         *(*TWO_RANKS, "--max-num-batched-tokens", "96", "--max-num-seqs", "24"),
-        *("--kv-cache-memory", "768KiB", "--max-model-len", "1024"),
+        *("--kv-cache-memory", "336KiB", "--max-model-len", "1024"),
     )
     examples = {task: held_out(task, 40) for task in TASKS}
     try:

@@ -63,8 +63,8 @@ def report() -> list[str]:
     """A Markdown table: microseconds per step by number of decoding sequences."""
     gc.freeze()
     lines = [
-        f"Microseconds per step: medians over {STEPS} steps, block size {BLOCK_SIZE}, one full group "
-        "and one of window 128. Best: the lowest mean over one block's worth of steps.",
+        f"Microseconds per step: medians over {STEPS} steps, block size {BLOCK_SIZE}, one full "
+        "group and one of window 128. Best: the lowest mean over one block's worth of steps.",
         "",
         "| sequences | plan | commit | encode | sum | best |",
         "|---:|---:|---:|---:|---:|---:|",
