@@ -22,7 +22,7 @@ def main() -> None:
     """The command `moeray`."""
     from cluster.cli import app
 
-    app()
+    app(prog_name="moeray")
 
 
 if __name__ == "__main__":

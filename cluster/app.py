@@ -107,7 +107,8 @@ class Ingress:
         self._created = int(time.time())
         self._peers: dict[Engine, Peer] = {}
         self._models: dict[str, Model] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # replica -> what keeps its link
+        # By replica: what keeps its link, and whether Serve has taken it off its list.
+        self._links: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
         self._changed = asyncio.Event()
         self._metrics = Metrics(
             lambda: [(engine, peer.belief.load) for engine, peer in self._peers.items()]
@@ -129,22 +130,27 @@ class Ingress:
             await receive()
         finally:
             directory.unwatch(changed)
-            self._follow({})
+            for task, _ in self._links.values():
+                task.cancel()
         await send({"type": "lifespan.shutdown.complete"})
 
     def _follow(self, found: directory.Replicas) -> None:
-        for replica in self._tasks.keys() - found.keys():
-            self._tasks.pop(replica).cancel()
+        for replica in self._links.keys() - found.keys():
+            self._links[replica][1].set()
         for replica, about in found.items():
-            if replica not in self._tasks and "address" in about:
-                task = asyncio.get_running_loop().create_task(self._connect(dict(about)))
-                self._tasks[replica] = task
+            if replica not in self._links and "address" in about:
+                unlisted = asyncio.Event()
+                connect = self._connect(replica, dict(about), unlisted)
+                self._links[replica] = asyncio.get_running_loop().create_task(connect), unlisted
 
-    async def _connect(self, about: dict[str, Any]) -> None:
-        """Keep a link to one engine, for as long as Serve lists its replica."""
+    async def _connect(self, replica: str, about: dict[str, Any], unlisted: asyncio.Event) -> None:
+        """Keep a link to one engine until Serve takes its replica off the list.
+
+        Then it gets no new requests, and those it has may end.
+        """
         engine = msgspec.convert(about["engine"], Engine)
         host, port = about["address"]
-        while True:
+        while not unlisted.is_set():
             belief = Belief(Load(), time.monotonic())
 
             def hear(load: Load, belief: Belief = belief) -> None:
@@ -162,13 +168,15 @@ class Ingress:
                 )
                 self._peers[engine] = Peer(belief, link, about)
                 self._changed.set()
-                await link.lost.wait()
+                await _first(link.lost, unlisted)
+                del self._peers[engine]
+                await link.idle.wait()
             except ChannelClosed:
-                pass  # tried again below
+                await asyncio.sleep(BEAT)
             finally:
                 self._peers.pop(engine, None)
                 await link.close()
-            await asyncio.sleep(BEAT)
+        del self._links[replica]
 
     async def _until(self, ready: Callable[[], bool]) -> None:
         """Wait for an engine that starts again. Raises Refusal."""
@@ -397,6 +405,16 @@ class Exchange:
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait for any of them."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _release(id: str, holding: Held) -> None:

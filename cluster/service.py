@@ -66,8 +66,8 @@ def serve(
     cannot be.
     """
     spec, vocab_size = preflight(config)
-    stop = threading.Event()
-    with _home() as home, _signals(stop) as catch_signals:
+    stop, hurry = threading.Event(), threading.Event()
+    with _home() as home, _signals(stop, hurry) as catch_signals:
         if config.address is None:
             os.environ.update(_environment(home))
         import ray
@@ -75,7 +75,7 @@ def serve(
         try:
             _start_ray(config, home)
             catch_signals()  # Ray has put its own handlers in place
-            _run(config, _place(spec, ray.cluster_resources()), vocab_size, stop, on_ready)
+            _run(config, _place(spec, ray.cluster_resources()), vocab_size, stop, hurry, on_ready)
         finally:
             ray.shutdown()
             _reap()
@@ -192,13 +192,11 @@ def _home() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
-    """SIGTERM and SIGINT set ``stop``; while it is set, a second one raises KeyboardInterrupt."""
+def _signals(stop: threading.Event, hurry: threading.Event) -> Iterator[Callable[[], None]]:
+    """The first SIGTERM or SIGINT sets ``stop``, the second one ``hurry``."""
 
     def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+        (hurry if stop.is_set() else stop).set()
 
     def catch() -> None:
         for number in before:
@@ -248,27 +246,19 @@ def _environment(home: Path) -> dict[str, str]:
     if haproxy is None:
         log.warning("without HAProxy: streams go through Ray's own, slower proxy")
         return found
-    files = {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
-        "METRICS_SOCKET_PATH": "metrics.sock",
-        "SERVER_STATE_BASE": "",
-        "SERVER_STATE_FILE": "server-state",
+    own = {
+        "BINARY_PATH": haproxy,
+        "METRICS_PORT": metrics,
+        "STATS_PORT": stats,
+        "HARD_STOP_AFTER_S": int(DRAIN),
+        "CONFIG_FILE_LOC": home / "haproxy.cfg",
+        "SOCKET_PATH": home / "admin.sock",
+        "METRICS_SOCKET_PATH": home / "metrics.sock",
+        "SERVER_STATE_BASE": home,
+        "SERVER_STATE_FILE": home / "server-state",
     }
-    return (
-        found
-        | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-        | {
-            f"RAY_SERVE_HAPROXY_{name}": value
-            for name, value in {
-                "BINARY_PATH": str(haproxy),
-                "METRICS_PORT": str(metrics),
-                "STATS_PORT": str(stats),
-                "HARD_STOP_AFTER_S": str(int(DRAIN)),
-                **{name: str(home / file) for name, file in files.items()},
-            }.items()
-        }
-    )
+    found |= {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in own.items()}
+    return found | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 
 def _haproxy(home: Path) -> Path | None:
@@ -324,6 +314,7 @@ def _run(
     spec: ModelSpec,
     vocab_size: int,
     stop: threading.Event,
+    hurry: threading.Event,
     on_ready: Callable[[str, list[dict[str, Any]]], None],
 ) -> None:
     from ray import serve as ray_serve
@@ -348,12 +339,12 @@ def _run(
         if not stop.is_set():
             on_ready(url, _wait_until_ready(url, stop))
         stop.wait()
-        _drain(config.name)
+        _drain(config.name, hurry)
     except RayError as error:
         raise StartupError(f"Ray failed: {error}") from error
     finally:
         # Ray prints an error about the controller's end, which is no error.
-        with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             if config.address is None:
                 ray_serve.shutdown()
             else:
@@ -450,12 +441,12 @@ def _wait_until_ready(url: str, stop: threading.Event) -> list[dict[str, Any]]:
     return []
 
 
-def _drain(name: str) -> None:
-    """Take no more requests, and let those that run end. Ended early by a second signal."""
+def _drain(name: str, hurry: threading.Event) -> None:
+    """Take no more requests, and let those that run end, unless there is a hurry."""
     from ray import serve as ray_serve
 
     end = time.monotonic() + DRAIN
-    with contextlib.suppress(KeyboardInterrupt):
-        ray_serve.delete(name, _blocking=False)
-        while name in ray_serve.status().applications and time.monotonic() < end:
-            time.sleep(POLL)
+    ray_serve.delete(name, _blocking=False)
+    while name in ray_serve.status().applications and time.monotonic() < end:
+        if hurry.wait(POLL):
+            return

@@ -1,8 +1,8 @@
 """The mathematics of every kernel in plain torch: what the others are measured against.
 
 Shapes: T tokens of a step, D hidden size, N output features, H query heads, KV key heads,
-G = H / KV, d head size, E experts on this rank, k experts per token, I intermediate size of this rank,
-S slots of the KV cache (block * block_size + offset). Sums, softmax and norms are in fp32.
+G = H / KV, d head size, E experts on this rank, k experts per token, I intermediate size of this
+rank, S slots of the KV cache (block * block_size + offset). Sums, softmax and norms are in fp32.
 Source of the model's mathematics: the gpt-oss model card, arXiv:2508.10925.
 """
 
@@ -180,8 +180,8 @@ def experts(
     """The weighted sum over those of each token's experts that live on this rank: [T, D].
 
     x [T, D], ids and weights [T, k] (global expert ids), w13 [E, 2 I, D], b13 [E, 2 I],
-    w2 [E, D, I], b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that must not add it
-    again when I is sharded. The weight multiplies the biased output.
+    w2 [E, D, I], b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that
+    must not add it again when I is sharded. The weight multiplies the biased output.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in range(len(b13)):

@@ -28,10 +28,11 @@ KV = KVConfig(
 KEY = b"a key of thirty-two bytes ......"
 
 
-def request(id: str, tokens: int = 20, **fields: Any) -> Request:
+def request(id: str, tokens: int = 20, prompt: list[int] | None = None, **fields: Any) -> Request:
     sampling = Sampling(max_tokens=tokens, ignore_eos=True, seed=3)
-    prompt = [1 + (len(id) + i) % (VOCAB - 1) for i in range(9)]
-    return Request(id=id, model="m", prompt=prompt, sampling=sampling, **fields)
+    prompt = prompt or [1 + (len(id) + i) % (VOCAB - 1) for i in range(9)]
+    given: dict[str, Any] = {"prompt": prompt, "sampling": sampling} | fields
+    return Request(id=id, model="m", **given)
 
 
 class Published:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "moeray", *arguments],
         cwd=ROOT,
+        env=os.environ | {"COLUMNS": "160"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -285,7 +285,8 @@ class Link:
 
     ``receive`` of a request gets its Outputs until one has a reason. When the engine is lost, every
     live request gets an Output with reason ``error``; a broken connection alone is repaired.
-    ``hear`` gets the engine's reports. ``lost`` is set when the engine is.
+    ``hear`` gets the engine's reports. ``lost`` is set when the engine is, ``idle`` while no
+    request is live.
     """
 
     def __init__(
@@ -297,7 +298,8 @@ class Link:
         epoch: int,
         hear: Callable[[Load], None],
     ) -> None:
-        self.lost = asyncio.Event()
+        self.lost, self.idle = asyncio.Event(), asyncio.Event()
+        self.idle.set()
         self._ingress, self._address, self._key = ingress, (host, port), key
         self._epoch, self._hear = epoch, hear
         self._live: dict[str, tuple[Receive, int]] = {}  # id -> (receive, generated tokens seen)
@@ -322,12 +324,19 @@ class Link:
         if self.lost.is_set():
             raise ChannelClosed("the engine is gone")
         self._live[request.id] = (receive, len(request.emitted))
+        self.idle.clear()
         self._write(Submit(request))
 
     def abort(self, id: str) -> None:
         """Stop a request and forget it: no further Output of it is delivered."""
-        if self._live.pop(id, None) is not None:
+        if id in self._live:
+            self._forget(id)
             self._write(Cancel(Abort(id)))
+
+    def _forget(self, id: str) -> None:
+        del self._live[id]
+        if not self._live:
+            self.idle.set()
 
     def _write(self, frame: Frame) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -406,7 +415,7 @@ class Link:
             if output.reason is None:
                 self._live[output.id] = (live[0], output.offset + len(output.tokens))
             else:
-                del self._live[output.id]
+                self._forget(output.id)
             live[0](output)
 
     def fail(self, id: str, why: str) -> None:
