@@ -80,6 +80,7 @@ async def stream(
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "return_token_ids": True,  # a model without a tokenizer has no text to send
         }
     ).encode()
     async with asyncio.timeout(deadline):
