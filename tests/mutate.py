@@ -54,6 +54,8 @@ def verdict(mutant: Mutant, where: Path) -> str:
     file.write_text(original.replace(mutant.text, mutant.replacement))
     try:
         code, output = run([mutant.test], where)
+    except subprocess.TimeoutExpired:
+        return "its test does not end"
     finally:
         file.write_text(original)
     if code == 1 and re.search(r"^FAILED ", output, re.MULTILINE):
