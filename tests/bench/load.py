@@ -9,6 +9,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -95,11 +96,11 @@ async def stream(
             status = await reader.readline()
             if b" 200 " not in status:
                 raise RuntimeError(f"{status!r}: {(await reader.read())[-500:]!r}")
-            while (line := await reader.readline()) != b"data: [DONE]\n":
-                if not line:
-                    raise RuntimeError(f"the stream ended after {len(result.chunks)} chunks")
+            async for line in _lines(reader):
+                if line == b"data: [DONE]":
+                    break
                 if not line.startswith(b"data: {"):
-                    continue  # chunk sizes, headers, keep-alive comments
+                    continue  # blank, or a keep-alive comment
                 event = json.loads(line[6:])
                 if event.get("usage"):
                     result.tokens = event["usage"]["completion_tokens"]
@@ -112,6 +113,18 @@ async def stream(
     if result.tokens != max_tokens:
         raise RuntimeError(f"asked for {max_tokens} tokens, got {result.tokens}")
     return result
+
+
+async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of a body in HTTP/1.1's chunked coding, whose chunks may end anywhere."""
+    while await reader.readline() != b"\r\n":
+        pass  # headers
+    rest = b""
+    while size := int(await reader.readline() or b"0", 16):
+        *lines, rest = (rest + (await reader.readexactly(size + 2))[:-2]).split(b"\n")
+        for line in lines:
+            yield line
+    raise RuntimeError("the stream ended without data: [DONE]")
 
 
 async def closed_loop(
