@@ -15,7 +15,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     service = Service(
         tmp_path_factory.mktemp("service"),
         *("--tensor-parallel-size", "2", "--enable-expert-parallel", "--device", "cpu"),
-        *("--kv-cache-memory", "3MiB", "--max-num-seqs", "8"),
+        # float32: the one dtype whose tokens may not depend on the batch.
+        *("--kv-cache-memory", "3MiB", "--max-num-seqs", "8", "--dtype", "float32"),
     )
     try:
         service.wait_until_ready()
