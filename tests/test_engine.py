@@ -84,6 +84,10 @@ def runner() -> FakeRunner:
     return FakeRunner(CONFIG, KV, VOCAB)
 
 
+def start(loop: EngineLoop) -> None:
+    threading.Thread(target=loop.run, daemon=True).start()
+
+
 @pytest.fixture
 def published() -> Published:
     return Published()
@@ -104,7 +108,7 @@ def test_requests_from_many_threads_end_as_they_would_alone(
     rounds: list[None] = []
     loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published, round=lambda: rounds.append(None))
     loops.append(loop)
-    loop.start()
+    start(loop)
     requests = [request("r" * n) for n in range(1, 13)]
     threads = [threading.Thread(target=loop.submit, args=(r,)) for r in requests]
     for thread in threads:
@@ -126,7 +130,7 @@ def test_an_abort_frees_the_request_whether_it_runs_or_waits(
     gate = Gate(runner())
     loop = EngineLoop(Scheduler(CONFIG, KV), gate, published)
     loops.append(loop)
-    loop.start()
+    start(loop)
     for n in range(6):  # four run, two wait
         loop.submit(request(f"r{n}", tokens=150))
     gate.steps.release()
@@ -146,7 +150,7 @@ def test_an_abort_frees_the_request_whether_it_runs_or_waits(
 def test_what_can_never_be_served_is_refused(published: Published, loops: list[EngineLoop]) -> None:
     loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published)
     loops.append(loop)
-    loop.start()
+    start(loop)
     loop.submit(request("long", prompt=[1] * 300))
     end = published.end("long")
     assert end.reason == "error"
@@ -158,7 +162,7 @@ def test_a_deadline_passes_while_nothing_else_happens(
 ) -> None:
     loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published)
     loops.append(loop)
-    loop.start()
+    start(loop)
     loop.submit(request("r", waits=("image",), deadline_ms=50))
     assert published.end("r").detail == "the deadline passed after 0 tokens"
 
@@ -167,7 +171,7 @@ def test_a_failed_step_ends_every_request_once_and_later_ones_too(published: Pub
     gate = Gate(runner())
     ended = threading.Event()
     loop = EngineLoop(Scheduler(CONFIG, KV), gate, published, ended=ended.set)
-    loop.start()
+    start(loop)
     for n in range(6):
         loop.submit(request(f"r{n}", tokens=100))
     gate.steps.release()
@@ -188,7 +192,7 @@ def test_a_failed_step_ends_every_request_once_and_later_ones_too(published: Pub
 def test_stopping_ends_live_requests(published: Published) -> None:
     gate = Gate(runner())
     loop = EngineLoop(Scheduler(CONFIG, KV), gate, published)
-    loop.start()
+    start(loop)
     loop.submit(request("r", tokens=100))
     gate.steps.release()
     published.until(lambda: "r" in published.tokens)
@@ -209,7 +213,7 @@ class Ranks:
             threading.Thread(target=self._follow, args=(leader.port, rank), daemon=True).start()
         leader.accept(world - 1, DEADLINE)
         self.loop = EngineLoop(Scheduler(CONFIG, KV), self.runners[0], published, leader)
-        self.loop.start()
+        start(self.loop)
 
     def _follow(self, port: int, rank: int) -> None:
         follower = Follower("127.0.0.1", port, rank, KEY)
@@ -245,7 +249,7 @@ def test_a_follower_that_fails_fails_the_engine(published: Published) -> None:
     assert isinstance(ranks.ends.get(timeout=DEADLINE), AssertionError)
     # An idle leader hears of it by its next heartbeats; a fake step needs no other rank.
     published.end("last")
-    ranks.loop._thread.join(DEADLINE)
+    published.until(lambda: ranks.loop.trouble() is not None)
     assert "rank 1" in str(ranks.loop.trouble())
 
 

@@ -12,7 +12,10 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import ray
@@ -31,7 +34,8 @@ MEET = 120.0  # seconds for the ranks to start, find each other and take their m
 LOAD = 3600.0  # seconds for the weights
 PING = 10.0  # seconds a rank has to answer
 LEASE = 86400.0  # seconds of a request without a deadline
-SPIN = "1000"  # libgomp: how long idle threads spin
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +44,45 @@ class EngineFailed(RuntimeError):
     """An engine could not start. The message is a sentence for the user."""
 
 
+class _Compute:
+    """The one thread of a rank that calls torch.
+
+    libgomp keeps a team of threads for every thread that ever computed, and stops spinning once
+    there are more of them than cores: steps took twice as long where another thread had loaded.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="compute", daemon=True).start()
+
+    def __call__(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """The call's result, for who wants to await it."""
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        return asyncio.wrap_future(future)
+
+    def _run(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 class RankActor:
-    """One rank's process. Work runs in threads, so that ``ping`` is answered meanwhile."""
+    """One rank's process. Work runs in a thread, so that ``ping`` is answered meanwhile."""
 
     def __init__(self, spec: ModelSpec, rank: int, world: int, key: bytes, threads: int) -> None:
-        # Ray gives actors without whole CPUs one thread. libgomp reads these when torch comes.
+        # Ray gives actors without whole CPUs one thread. libgomp reads this when torch comes.
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ["GOMP_SPINCOUNT"] = SPIN
         self._spec, self._rank, self._world, self._key = spec, rank, world, key
         self._failure: str | None = None
         self._engine: Any = None
         self._leader: Any = None
+        self._compute = _Compute()
 
     async def meet(self, host: str) -> tuple[str, int, int]:
         """Rank 0: the host, and the ports of the store and of the plan channel."""
@@ -68,7 +100,7 @@ class RankActor:
                 self._leader = Leader(self._host, self._key)
             return self._host, self._store.port, self._leader.port if self._leader else 0
 
-        return await asyncio.to_thread(listen)
+        return await self._compute(listen)
 
     async def load(self, host: str, store: int, plans: int) -> RankReport:
         """Join the group and read this rank's share of the weights."""
@@ -87,19 +119,19 @@ class RankActor:
                 self._leader.accept(self._world - 1, MEET)
             return self._core.load(self._store)
 
-        return await asyncio.to_thread(load)
+        return await self._compute(load)
 
     async def plan(self, free: int) -> Capacity:
         """The KV pool where every rank has ``free`` bytes for it."""
-        return await asyncio.to_thread(self._core.plan, free)
+        return await self._compute(lambda: self._core.plan(free))
 
     async def start(self, plan: Capacity, engine: Engine, epoch: int) -> tuple[str, int]:
         """Allocate the KV cache and begin; rank 0 returns the address of its side channel."""
         from workers.engine import EngineLoop
 
-        runner = await asyncio.to_thread(self._core.allocate, plan)
+        runner = await self._compute(lambda: self._core.allocate(plan))
         if self._rank > 0:
-            threading.Thread(target=self._follow, args=(runner,), daemon=True).start()
+            self._compute(lambda: self._follow(runner))
             return "", 0
         here = asyncio.get_running_loop()
         loop = EngineLoop(
@@ -111,7 +143,7 @@ class RankActor:
         )
         self._channel = ChannelServer(engine, epoch, self._key, loop.submit, loop.abort, loop.load)
         port = await self._channel.listen(self._host)
-        loop.start()
+        self._compute(loop.run)
         self._engine = loop
         return self._host, port
 

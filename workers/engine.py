@@ -1,9 +1,8 @@
 """The engine loop: rank 0's inbox, scheduler and step; and what the other ranks do meanwhile.
 
-A thread of the rank's process drives the pure scheduler with a real clock and a real runner. It
-sleeps while there is nothing to do. Whatever goes wrong in a step ends every live request with an
-error and marks the engine failed, so that its owner replaces it: state that may be half written is
-never used again.
+It drives the pure scheduler with a real clock and a real runner, and sleeps while there is nothing
+to do. Whatever goes wrong in a step ends every live request with an error and marks the engine
+failed, so that its owner replaces it: state that may be half written is never used again.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Runner(Protocol):
 
 
 class EngineLoop:
-    """Requests in, outputs out, from a thread of its own.
+    """Requests in, outputs out, in the thread that calls ``run``.
 
     ``publish`` gets the outputs of each step, and now and then a report; it must not block, and is
     called from the loop's thread, or from that of a ``submit`` to an engine that has ended.
@@ -61,10 +60,27 @@ class EngineLoop:
         self._load = scheduler.load()
         self._reported = self._progress = time.monotonic()
         self._idle, self._audited = True, True
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._over = threading.Event()
 
-    def start(self) -> None:
-        self._thread.start()
+    def run(self) -> None:
+        """Serve until ``stop`` or a failure; raises nothing."""
+        try:
+            while not self._stopping:
+                self._take_inbox()
+                if self._scheduler.has_work() or self._due() == 0:
+                    self._step()
+                else:
+                    self._rest()
+            self._fail("the engine was shut down", "")
+        except Exception as error:
+            log.exception("the engine failed")
+            kind = type(error).__name__
+            self._fail(f"the engine failed ({kind}) and is being replaced", f": {error}")
+        finally:
+            if self._leader is not None:
+                self._leader.close()
+            self._ended()
+            self._over.set()
 
     def submit(self, request: Request) -> None:
         """Take a request; from any thread. It gets exactly one terminal Output, whatever comes."""
@@ -79,7 +95,7 @@ class EngineLoop:
         """End the loop after the step that runs; live requests get an error."""
         self._stopping = True
         self._wake.set()
-        self._thread.join(timeout)
+        self._over.wait(timeout)
 
     def load(self) -> Load:
         """The last report; from any thread."""
@@ -100,24 +116,6 @@ class EngineLoop:
             self._inbox.append(item)
         self._wake.set()
         return True
-
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._take_inbox()
-                if self._scheduler.has_work() or self._due() == 0:
-                    self._step()
-                else:
-                    self._rest()
-            self._fail("the engine was shut down", "")
-        except Exception as error:
-            log.exception("the engine failed")
-            kind = type(error).__name__
-            self._fail(f"the engine failed ({kind}) and is being replaced", f": {error}")
-        finally:
-            if self._leader is not None:
-                self._leader.close()
-            self._ended()
 
     def _take_inbox(self) -> None:
         self._wake.clear()
