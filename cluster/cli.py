@@ -76,7 +76,12 @@ Length = Annotated[
     ),
 ]
 Sequences = Annotated[int, typer.Option(help="Most sequences in one step.")]
-Tokens = Annotated[int, typer.Option(help="Most tokens in one step; longer prompts go in chunks.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens in one step; longer prompts go in chunks. Default: 2048, on CPU 512."
+    ),
+]
 Blocks = Annotated[int, typer.Option(help="Tokens in a KV block.")]
 Caching = Annotated[
     bool,
@@ -131,7 +136,7 @@ def serve(
     ] = 0.9,
     max_model_len: Length = None,
     max_num_seqs: Sequences = 256,
-    max_num_batched_tokens: Tokens = 2048,
+    max_num_batched_tokens: Tokens = None,
     block_size: Blocks = 16,
     enable_prefix_caching: Caching = True,
     seed: Annotated[

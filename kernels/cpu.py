@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mxfp4 import MXFP4
-from kernels.reference import Ints, Rows, expert, swiglu
+from kernels.reference import Ints, Rows, expert
 
 QUERIES = 128  # of one prefill tile: bounds the mask at 128 x context
+GROUPED = 8  # pairs per expert up to which calls cost more than cache misses
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -130,6 +131,15 @@ def paged_attention(
     return out.view(tokens, heads * size)
 
 
+def swiglu(x: Tensor, limit: float, alpha: float) -> Tensor:
+    """As the reference, to the bit. A pair is split as one integer: strided reads are twice slower
+    than the arithmetic, and every pass over memory counts."""
+    pair = x.view(torch.int32)  # gate in the low half
+    gate = (pair << 16).view(torch.float32).clamp_(max=limit)
+    up = (pair & -0x10000).view(torch.float32).clamp_(-limit, limit)
+    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.add_(1)).to(x.dtype)
+
+
 def experts(
     x: Tensor,
     ids: Tensor,
@@ -142,33 +152,37 @@ def experts(
     limit: float,
     alpha: float,
 ) -> Tensor:
-    """Token-expert pairs sorted by expert, one grouped product for all up and all down matrices."""
+    """Token-expert pairs sorted by expert. Few pairs go through all experts in two grouped
+    products; many expert by expert, so that what lies between the products stays in the cache."""
     tokens, k = ids.shape
     local = len(b13)
     expert_of = ids.flatten() - first
     expert_of = torch.where((expert_of >= 0) & (expert_of < local), expert_of, local)
     counts = torch.bincount(expert_of, minlength=local + 1)[:local]
     pairs = int(counts.sum())
-    order = expert_of.argsort(stable=True)[:pairs]
-    expert_of = expert_of[order]
-    ends = counts.cumsum(0)
-    h = _grouped(x[order // k], w13, ends) + b13[expert_of]
-    y = _grouped(swiglu(h, limit, alpha), w2, ends)
-    if b2 is not None:
-        y = y + b2[expert_of]
-    by_pair = torch.zeros(tokens * k, x.shape[1], dtype=torch.float32)
-    by_pair[order] = y.float()
-    return torch.bmm(weights[:, None, :], by_pair.view(tokens, k, -1))[:, 0].to(x.dtype)
-
-
-def _grouped(x: Tensor, w: Tensor | MXFP4, ends: Tensor) -> Tensor:
-    """x [pairs, in] sorted by expert, w [E, out, in], expert e's rows ending at ends[e]."""
-    if isinstance(w, Tensor):
-        return F.grouped_mm(x, w.transpose(1, 2), offs=ends.to(torch.int32))
-    out = []
-    at = 0
-    for e, end in enumerate(ends.tolist()):
-        if end > at:
-            out.append(F.linear(x[at:end], expert(w, e, x.dtype)))
-        at = end
-    return torch.cat(out) if out else x.new_empty(0, w.blocks.shape[1])
+    order = expert_of.argsort(stable=True)
+    place = order.argsort()  # of each pair among the sorted ones
+    order = order[:pairs]
+    rows = x.index_select(0, order // k)
+    if isinstance(w13, MXFP4) or isinstance(w2, MXFP4) or pairs > GROUPED * local:
+        y = torch.empty_like(rows)
+        end = 0
+        for e, count in enumerate(counts.tolist()):
+            begin, end = end, end + count
+            if count:
+                h = F.linear(rows[begin:end], expert(w13, e, x.dtype), b13[e])
+                h = swiglu(h, limit, alpha)
+                bias = None if b2 is None else b2[e]
+                y[begin:end] = F.linear(h, expert(w2, e, x.dtype), bias)
+    else:
+        expert_of = expert_of.index_select(0, order)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        h = F.grouped_mm(rows, w13.transpose(1, 2), offs=ends) + b13.index_select(0, expert_of)
+        y = F.grouped_mm(swiglu(h, limit, alpha), w2.transpose(1, 2), offs=ends)
+        if b2 is not None:
+            y += b2.index_select(0, expert_of)
+    if pairs < len(place):  # pairs of other ranks' experts add a row of zeros
+        y = F.pad(y, (0, 0, 0, 1))
+        place.clamp_(max=pairs)
+    y = y.index_select(0, place).float().view(tokens, k, -1)
+    return torch.bmm(weights[:, None, :], y)[:, 0].to(x.dtype)

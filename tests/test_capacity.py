@@ -32,7 +32,7 @@ ARCH = Architecture(
 
 @pytest.mark.parametrize("memory", [20_000, 100_000, 1 << 20])
 def test_the_longest_sequence_fits_and_not_one_token_more(memory: int) -> None:
-    plan = capacity(ARCH, ModelSpec(block_size=4), memory, 4)
+    plan = capacity(ARCH, ModelSpec(block_size=4), memory, 4, 512)
     pool = BlockPool(plan.kv)
     assert plan.bytes_per_rank <= memory
     assert pool.blocks_needed(plan.tokens) <= pool.num_blocks
@@ -63,17 +63,17 @@ def test_the_promised_sequence_runs(tmp_path: Path) -> None:
 )
 def test_refusals_name_the_numbers(spec: ModelSpec, memory: int, message: str) -> None:
     with pytest.raises(TooLittleMemory, match=message):
-        capacity(ARCH, spec, memory, 4)
+        capacity(ARCH, spec, memory, 4, 512)
 
 
 def test_the_advised_memory_is_enough() -> None:
     spec = ModelSpec(max_model_len=400)
     with pytest.raises(TooLittleMemory) as refused:
-        capacity(ARCH, spec, 50_000, 4)
+        capacity(ARCH, spec, 50_000, 4, 512)
     advised = int(str(refused.value).split("--kv-cache-memory ")[1].split()[0])
-    assert capacity(ARCH, spec, advised, 4).scheduler.max_model_len == 400
+    assert capacity(ARCH, spec, advised, 4, 512).scheduler.max_model_len == 400
     with pytest.raises(TooLittleMemory):
-        capacity(ARCH, spec, advised - 1, 4)
+        capacity(ARCH, spec, advised - 1, 4, 512)
 
 
 def test_defaults() -> None:

@@ -35,8 +35,18 @@ def default_kv_bytes(free: int, spec: ModelSpec, cuda: bool) -> int:
     return min(GIB, free // 4)
 
 
+def default_batched_tokens(spec: ModelSpec, cuda: bool) -> int:
+    """The token budget of a step: as much as hides the reading of the weights, and no more, since
+    every sequence that decodes waits for the whole step."""
+    return spec.max_num_batched_tokens or max(2048 if cuda else 512, spec.max_num_seqs)
+
+
 def capacity(
-    architecture: Architecture, spec: ModelSpec, kv_bytes: int, kv_dtype_bytes: int
+    architecture: Architecture,
+    spec: ModelSpec,
+    kv_bytes: int,
+    kv_dtype_bytes: int,
+    batched_tokens: int,
 ) -> Capacity:
     """The pool that ``kv_bytes`` per rank give, and the longest sequence served from it.
 
@@ -72,7 +82,7 @@ def capacity(
         )
     scheduler = SchedulerConfig(
         max_num_seqs=spec.max_num_seqs,
-        max_num_batched_tokens=spec.max_num_batched_tokens,
+        max_num_batched_tokens=batched_tokens,
         max_model_len=length,
         eos_token_ids=architecture.eos_token_ids,
     )

@@ -65,7 +65,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     block_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None  # None: 2,048 on CUDA, 512 on CPU
     enable_prefix_caching: bool = True
     seed: int | None = None  # of requests that bring none; None: drawn for each
 

