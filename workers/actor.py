@@ -127,7 +127,7 @@ class RankActor:
 
     async def start(self, plan: Capacity, engine: Engine, epoch: int) -> tuple[str, int]:
         """Allocate the KV cache and begin; rank 0 returns the address of its side channel."""
-        from workers.engine import EngineLoop
+        from workers.engine import EngineLoop, settle_garbage_collection
 
         runner = await self._compute(lambda: self._core.allocate(plan))
         if self._rank > 0:
@@ -143,6 +143,7 @@ class RankActor:
         )
         self._channel = ChannelServer(engine, epoch, self._key, loop.submit, loop.abort, loop.load)
         port = await self._channel.listen(self._host)
+        settle_garbage_collection()
         self._compute(loop.run)
         self._engine = loop
         return self._host, port

@@ -13,7 +13,8 @@ prefix at its tail.
 from __future__ import annotations
 
 import hashlib
-import struct
+import sys
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,12 +37,12 @@ def prefix_root(revision: str, kv_dtype: str, adapter: str = "", salt: str = "")
 
 
 def prefix_hashes(root: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
-    """One 16-byte hash for each full page of ``tokens``; each covers everything before it.
+    """One 16-byte hash for each full page of ``tokens``, as int32; each covers all before it.
 
     To continue a chain, pass its last hash as ``root`` and only the tokens after it.
     """
     pages = len(tokens) // block_size
-    data = struct.pack(f"<{pages * block_size}i", *tokens[: pages * block_size])
+    data = array("i", tokens[: pages * block_size]).tobytes()
     size = 4 * block_size
     hashes = []
     for at in range(0, pages * size, size):
@@ -187,18 +188,27 @@ class BlockPool:
 
     # A sequence's life.
 
-    def trim(self, table: PageTable, position: int) -> None:
-        """Free the pages that no query from ``position`` on can see."""
+    def trim(self, table: PageTable, position: int) -> int:
+        """Free the pages that no query from ``position`` on can see.
+
+        Returns the first position at which there will be something to free again.
+        """
+        soonest = sys.maxsize
         for g, group in self._bounded:
             blocks = table.blocks[g]
             held = table.end - len(blocks)
-            if blocks and position >= self._leaves(group, held):
+            leaves = self._leaves(group, held)
+            if position >= leaves and blocks:
                 gone = first_visible(group, position) // self.block_size - held
                 leaving = blocks[:gone]
                 del blocks[:gone]
                 self.undo.append((blocks.__setitem__, (slice(0, 0), leaving)))
                 for block in reversed(leaving):
                     self._drop(g, block)
+                leaves = self._leaves(group, table.end - len(blocks))
+            if leaves < soonest:
+                soonest = leaves
+        return soonest
 
     def _leaves(self, group: KVGroup, page: int) -> int:
         """The first position that sees nothing of ``page``."""
@@ -211,20 +221,29 @@ class BlockPool:
         pages = -(-num_tokens // self.block_size) - table.end
         if pages <= 0:
             return []
-        taken = [[self._take(g) for _ in range(pages)] for g in range(self.num_groups)]
-        for blocks, new in zip(table.blocks, taken, strict=True):
-            blocks += new
+        assert pages * self.num_groups <= self.num_free, "extend without room"
+        after, keys, evicted = self._next, self._keys, {}
+        block = after[self.num_blocks]
+        taken = []
+        for g, held in enumerate(table.blocks):
+            new = []
+            for _ in range(pages):
+                new.append(block)
+                key = keys[block]
+                if key is not None:
+                    evicted[block] = key
+                    del self._cached[key]
+                    keys[block] = None
+                self._references[block] = 1
+                block = after[block]
+            self.used[g] += pages
+            held += new
+            taken.append(new)
+        self._next[self.num_blocks], self._prev[block] = block, self.num_blocks
+        self.num_free -= pages * self.num_groups
         table.end += pages
-        self.undo.append((self._retract, (table, pages)))
+        self.undo.append((self._retract, (table, pages, evicted)))
         return taken
-
-    def next_change(self, table: PageTable) -> int:
-        """The first position at which ``trim`` or ``extend`` has something to do."""
-        change = table.end * self.block_size
-        for g, group in self._bounded:
-            if blocks := table.blocks[g]:
-                change = min(change, self._leaves(group, table.end - len(blocks)))
-        return change
 
     def release(self, table: PageTable) -> None:
         """Free everything, the last page first: the tail of a chain is of use to fewer requests."""
@@ -247,27 +266,6 @@ class BlockPool:
             self._free(block)
 
     # Transitions of one block. Each notes its inverse, which is exact if undone in reverse order.
-
-    def _take(self, group: int) -> int:
-        block = self._next[self.num_blocks]
-        assert block != self.num_blocks, "extend without room"
-        key = self._keys[block]
-        self._unlink(block)
-        if key is not None:  # evicted
-            del self._cached[key]
-            self._keys[block] = None
-        self._references[block] = 1
-        self.used[group] += 1
-        self.undo.append((self._untake, (group, block, key)))
-        return block
-
-    def _untake(self, group: int, block: int, key: tuple[int, bytes] | None) -> None:
-        self.used[group] -= 1
-        self._references[block] = 0
-        if key is not None:
-            self._keys[block] = key
-            self._cached[key] = block
-        self._insert(block, self.num_blocks)
 
     def _reference(self, group: int, block: int) -> None:
         references = self._references[block]
@@ -319,10 +317,18 @@ class BlockPool:
             del self._parked[-1][block]
             self.num_parked -= 1
 
-    def _retract(self, table: PageTable, pages: int) -> None:
+    def _retract(self, table: PageTable, pages: int, evicted: dict[int, tuple[int, bytes]]) -> None:
         table.end -= pages
-        for blocks in table.blocks:
-            del blocks[-pages:]
+        for g in reversed(range(self.num_groups)):
+            held = table.blocks[g]
+            self.used[g] -= pages
+            for _ in range(pages):
+                block = held.pop()
+                self._references[block] = 0
+                self._insert(block, self.num_blocks)
+        for block, key in evicted.items():
+            self._keys[block] = key
+            self._cached[key] = block
 
     def _free(self, block: int) -> None:
         """Into the free list: a known prefix to its tail, a blank block to its head."""

@@ -7,6 +7,7 @@ failed, so that its owner replaces it: state that may be half written is never u
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -23,6 +24,17 @@ STALL = 600.0  # seconds after which a step counts as hung: big chunks on small 
 REPORT = 0.2  # seconds between reports while steps run
 
 log = logging.getLogger(__name__)
+
+
+def settle_garbage_collection() -> None:
+    """For a process that has loaded what it will keep, and now makes a list for every token.
+
+    The default of 700 new containers would start a collection several times a step; what the
+    scheduler drops has no cycles, so it goes without one.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
 
 
 class Runner(Protocol):

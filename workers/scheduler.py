@@ -23,7 +23,7 @@ from operator import attrgetter
 import msgspec
 import numpy as np
 
-from workers.blocks import BlockPool, PageTable, Undo, prefix_root
+from workers.blocks import BlockPool, PageTable, Undo, first_visible, prefix_root
 from workers.config import KVConfig, SchedulerConfig
 from workers.sequence import Chunk, Columns, Rows, Sequence, Step
 from workers.wire import (
@@ -156,8 +156,11 @@ class Scheduler:
         chunks: list[Chunk] = []
         if len(due) or self._prefilling:
             turns = [seq for slot in due.tolist() if (seq := self._slots[slot])]
+            turns += self._prefilling
+            if len(due) * self.pool.num_groups > self.pool.num_free:
+                turns.sort(key=_ORDER)  # else all that decode get their blocks in any order
             stalled = []
-            for seq in sorted(turns + self._prefilling, key=_ORDER):
+            for seq in turns:
                 if seq.slot < 0:
                     continue  # a better one took its blocks
                 start = int(position[seq.slot])
@@ -183,9 +186,9 @@ class Scheduler:
         """
         pool, table = self.pool, seq.table
         assert table is not None
-        pool.trim(table, start)
-        if stop <= table.end * pool.block_size:
-            self._columns[CHANGE, seq.slot] = pool.next_change(table)
+        leaves, held = pool.trim(table, start), table.end * pool.block_size
+        if stop <= held:
+            self._columns[CHANGE, seq.slot] = min(leaves, held)
             return stop
         while not self._starved and pool.room(table) <= start:
             # Blocks that come back with a commit are worth a pause, not a recomputation; and
@@ -196,12 +199,12 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is seq:
                     return start
-        room = table.end * pool.block_size if self._starved else pool.room(table)
+        room = held if self._starved else pool.room(table)
         stop = max(start, min(stop, room))
         first = table.end
         for group, blocks in enumerate(pool.extend(table, stop)):
             self._tables.append(Table(seq.slot, group, first, blocks))
-        self._columns[CHANGE, seq.slot] = pool.next_change(table)
+        self._columns[CHANGE, seq.slot] = min(leaves, table.end * pool.block_size)
         return stop
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> None:
@@ -262,7 +265,7 @@ class Scheduler:
         step = Step(self._planned)
         starts = position[rows]
         position[rows] = starts + 1
-        step.sampling = [seq for slot in rows.tolist() if (seq := self._slots[slot])]
+        step.sampling = [*map(self._slots.__getitem__, rows.tolist())]  # type: ignore[list-item]
         for row in np.flatnonzero((starts + 1) % size == 0).tolist():
             start = int(starts[row])
             step.fill(step.sampling[row], start, start + 1, size)
@@ -294,7 +297,7 @@ class Scheduler:
                 self._publish(seq, first, blocks)
         self.pool.close_step()
         outputs, self._outputs = self._outputs, []
-        emit, before = outputs.append, len(outputs)
+        emit, new, before = outputs.append, Output, len(outputs)
         for seq, token in zip(step.sampling, result.tokens, strict=True):
             if seq.done:
                 continue
@@ -304,10 +307,10 @@ class Scheduler:
             if (token in seq.stops or known >= seq.limit) and (reason := seq.ended()):
                 emit(self._finish(seq, reason, None, token))
             elif seq.cached:
-                emit(Output(seq.id, seq.epoch, known - seq.prompt - 1, [token], cached=seq.cached))
+                emit(new(seq.id, seq.epoch, known - seq.prompt - 1, [token], cached=seq.cached))
                 seq.cached = 0
             else:
-                emit(Output(seq.id, seq.epoch, known - seq.prompt - 1, [token]))
+                emit(new(seq.id, seq.epoch, known - seq.prompt - 1, [token]))
         load.generated_tokens += len(outputs) - before
         for id in result.transfers:
             self.resolve(id, "remote_kv", now)
@@ -460,6 +463,8 @@ class Scheduler:
             held = seq.table.end * self.pool.block_size
             assert self._slots[seq.slot] is seq, f"slot {seq.slot}"
             assert position[seq.slot] <= held, f"{seq.id}: {position[seq.slot]} tokens, {held} held"
-            assert change[seq.slot] <= self.pool.next_change(seq.table), (
-                f"{seq.id}: change is stale"
-            )
+            due = change[seq.slot]
+            assert due <= held, f"{seq.id}: change is stale"
+            for group, blocks in zip(self.pool.config.groups, seq.table.blocks, strict=True):
+                seen = first_visible(group, due - 1) // self.pool.block_size
+                assert seen <= seq.table.end - len(blocks), f"{seq.id}: change is stale"

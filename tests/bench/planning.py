@@ -8,7 +8,6 @@ consecutive steps, which is what a machine with other work to do shows most reli
 
 from __future__ import annotations
 
-import gc
 import statistics
 from time import perf_counter
 
@@ -16,6 +15,7 @@ import msgspec
 import numpy as np
 
 from workers.config import KVConfig, KVGroup, SchedulerConfig
+from workers.engine import settle_garbage_collection
 from workers.scheduler import Scheduler
 from workers.wire import Engine, Outputs, Request, Sampling, StepResult
 
@@ -61,7 +61,7 @@ def measure(num_seqs: int) -> dict[str, list[float]]:
 
 def report() -> list[str]:
     """A Markdown table: microseconds per step by number of decoding sequences."""
-    gc.freeze()
+    settle_garbage_collection()
     lines = [
         f"Microseconds per step: medians over {STEPS} steps, block size {BLOCK_SIZE}, one full "
         "group and one of window 128. Best: the lowest mean over one block's worth of steps.",
