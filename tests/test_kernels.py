@@ -183,9 +183,10 @@ def test_experts(dtype: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", KERNELS)
 @pytest.mark.parametrize("kernels", ["own", "reference"])
-def test_experts_of_ranks_add_up(dtype: torch.dtype, kernels: str) -> None:
+@pytest.mark.parametrize("tokens", [19, 90])  # few and many for each expert
+def test_experts_of_ranks_add_up(dtype: torch.dtype, kernels: str, tokens: int) -> None:
     """Whole experts on several ranks, unevenly; and a cut through all of them, the bias once."""
-    x, ids, weights, w13, b13, w2, b2 = experts_case(dtype, 19, mxfp4=True)
+    x, ids, weights, w13, b13, w2, b2 = experts_case(dtype, tokens, mxfp4=True)
     experts = (KERNELS[dtype] if kernels == "own" else reference).experts
     whole = experts(x, ids, weights, w13, b13, w2, b2, 0, 7.0, 1.702)
     total = torch.zeros_like(whole, dtype=torch.float32)
