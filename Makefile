@@ -14,9 +14,11 @@ lint:       ## format check, lint, types
 
 test:       ## the fast suite
 	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter
 
 test-all:   ## every test, the long property runs included
 	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 mutants:    ## put known bugs into a copy; each must be caught by its test
 	$(PYTHON) -m tests.mutate

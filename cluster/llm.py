@@ -26,9 +26,9 @@ Prompt = str | Sequence[int]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to generate; names and meaning are those of the HTTP API. None: the model's default."""
+    """How to generate; names and meaning are those of the HTTP API. None: the default there."""
 
-    max_tokens: int | None = 16
+    max_tokens: int | None = None  # None: 16 in ``generate``, what the context holds in ``chat``
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mxfp4 import MXFP4
-from kernels.reference import Ints, Rows, expert
+from kernels.reference import Rows, expert
 
 QUERIES = 128  # of one prefill tile: bounds the mask at 128 x context
 GROUPED = 8  # pairs per expert up to which calls cost more than cache misses
@@ -48,53 +47,48 @@ class WorkPlan:
 
 def plan(rows: Rows, device: torch.device) -> WorkPlan:
     """Decoding rows of similar length together, prefilling rows in tiles of QUERIES."""
-    first = np.cumsum(rows.counts) - rows.counts
+    first = rows.counts.cumsum(0) - rows.counts
     work = []
-    single = np.flatnonzero(rows.counts == 1)
-    lows = np.maximum(0, rows.starts + 1 - rows.window) if rows.window else rows.starts * 0
-    lengths = rows.starts + 1 - lows
-    # Within a power of two from 128 up: padding at most doubles what is read.
-    buckets = np.ceil(np.log2(np.maximum(lengths[single], 128)))
-    for bucket in np.unique(buckets):
-        members = single[buckets == bucket]
-        work.append(_decode(rows, members, first[members], lows[members], lengths[members]))
-    for row in np.flatnonzero(rows.counts > 1).tolist():
-        start, count = int(rows.starts[row]), int(rows.counts[row])
+    single = torch.nonzero(rows.counts == 1)[:, 0]
+    if len(single):
+        lows = rows.first_key(rows.starts[single])
+        lengths = rows.starts[single] + 1 - lows
+        # Within a power of two from 128 up: padding at most doubles what is read.
+        buckets = lengths.clamp(min=128).log2().ceil()
+        for bucket in buckets.unique():
+            chosen = buckets == bucket
+            members = single[chosen]
+            work.append(_decode(rows, members, first[members], lows[chosen], lengths[chosen]))
+    for row in torch.nonzero(rows.counts > 1)[:, 0].tolist():
+        start, count, token = int(rows.starts[row]), int(rows.counts[row]), int(first[row])
         for at in range(0, count, QUERIES):
             n = min(QUERIES, count - at)
-            work.append(_prefill(rows, row, int(first[row]) + at, start + at, n))
-    return WorkPlan(torch.from_numpy(rows.written()), work)
+            work.append(_prefill(rows, row, token + at, start + at, n))
+    return WorkPlan(rows.written(), work)
 
 
-def _decode(rows: Rows, members: Ints, tokens: Ints, lows: Ints, lengths: Ints) -> _Work:
+def _decode(rows: Rows, members: Tensor, tokens: Tensor, lows: Tensor, lengths: Tensor) -> _Work:
     longest = int(lengths.max())
-    key = np.arange(longest)
+    key = torch.arange(longest)
     held = key < lengths[:, None]
-    key = np.where(held, lows[:, None] + key, 0)
-    blocks = np.where(
-        held, rows.tables[members[:, None], key // rows.block_size], rows.zero_block
-    ).astype(np.int64)
-    slots = blocks * rows.block_size + key % rows.block_size
+    slots = rows.slots(members[:, None], torch.where(held, lows[:, None] + key, 0))
+    slots = torch.where(held, slots, rows.zero_block * rows.block_size)
     mask = None
     if int(lengths.min()) < longest:
         mask = torch.zeros(held.shape, dtype=torch.bfloat16)
-        mask = mask.masked_fill_(torch.from_numpy(~held), -torch.inf)[:, None, None, :]
-    n = len(members)
-    adjacent = int(tokens[-1] - tokens[0]) == n - 1
-    index = slice(int(tokens[0]), int(tokens[0]) + n) if adjacent else torch.from_numpy(tokens)
-    return _Work(index, (n, 1, longest), torch.from_numpy(slots.ravel()), mask)
+        mask = mask.masked_fill_(~held, -torch.inf)[:, None, None, :]
+    n, at = len(members), int(tokens[0])
+    index = slice(at, at + n) if int(tokens[-1]) - at == n - 1 else tokens
+    return _Work(index, (n, 1, longest), slots.flatten(), mask)
 
 
 def _prefill(rows: Rows, row: int, token: int, start: int, count: int) -> _Work:
-    low, end = rows.first_key(start), start + count
-    query = torch.arange(start, end)[:, None]
-    key = torch.arange(low, end)
-    hidden = key > query
-    if rows.window:
-        hidden |= key <= query - rows.window
+    query = torch.arange(start, start + count)[:, None]
+    key = torch.arange(int(rows.first_key(query[0])), start + count)
+    hidden = (key > query) | (key < rows.first_key(query))
     mask = torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, -torch.inf)
-    keys = torch.from_numpy(rows.slots(row, low, end))
-    return _Work(slice(token, token + count), (1, count, end - low), keys, mask[None, None])
+    keys = rows.slots(row, key)
+    return _Work(slice(token, token + count), (1, count, len(key)), keys, mask[None, None])
 
 
 def paged_attention(

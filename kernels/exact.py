@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,48 +54,41 @@ class TilePlan:
 def plan(rows: Rows, device: torch.device) -> TilePlan:
     tokens = int(rows.counts.sum())
     tiles = []  # (number of key tiles, row, first query position, first key tile)
-    for at, (begin, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
-        for query in range(begin - begin % ROWS, begin + count, ROWS):
-            nearest = rows.first_key(max(query, int(begin))) // KEYS
-            farthest = (min(query + ROWS, int(begin + count)) - 1) // KEYS
-            tiles.append((farthest - nearest + 1, at, query, nearest))
-    tiles.sort(reverse=True)
-    before = np.cumsum(rows.counts) - rows.counts
-    reach, row, first, low = np.array(tiles, np.int64).reshape(-1, 4).T
-    position = first[:, None] + np.arange(ROWS)
+    for at, (begin, count) in enumerate(
+        zip(rows.starts.tolist(), rows.counts.tolist(), strict=True)
+    ):
+        query = torch.arange(begin - begin % ROWS, begin + count, ROWS)
+        nearest = rows.first_key(query.clamp(min=begin)) // KEYS
+        farthest = ((query + ROWS).clamp(max=begin + count) - 1) // KEYS
+        row = torch.full_like(query, at)
+        tiles.append(torch.stack((farthest - nearest + 1, row, query, nearest)))
+    described = torch.cat(tiles, 1)
+    described = described[:, described[0].argsort(descending=True, stable=True)]
+    reach, row, first, low = described
+    before = rows.counts.cumsum(0) - rows.counts
+    position = first[:, None] + torch.arange(ROWS)
     start, end = rows.starts[row][:, None], (rows.starts + rows.counts)[row][:, None]
     real = (position >= start) & (position < end)
-    queries = np.where(real, before[row][:, None] + position - start, tokens)
-    gather = np.empty(tokens, np.int64)
-    gather[queries[real]] = np.flatnonzero(real)
+    queries = torch.where(real, before[row][:, None] + position - start, tokens)
+    gather = torch.empty(tokens, dtype=torch.int64)
+    gather[queries[real]] = torch.nonzero(real.flatten())[:, 0]
+    earliest = rows.first_key(torch.maximum(first, start[:, 0]))[:, None]
     key_tiles = []
-    for step in range(int(reach.max(initial=0))):
+    for step in range(int(reach[0])):
         active = int((reach > step).sum())
         of, pos = row[:active, None], position[:active]
-        key = (low[:active, None] + step) * KEYS + np.arange(KEYS)
+        key = (low[:active, None] + step) * KEYS + torch.arange(KEYS)
         # Keys that no query here may see are read from the zero block: a stale slot may hold NaN.
-        earliest = np.maximum(first[:active], start[:active, 0])
-        earliest = np.maximum(0, earliest - rows.window + 1) if rows.window else earliest * 0
-        held = (key >= earliest[:, None]) & (key < end[:active])
-        block = np.minimum(key // rows.block_size, rows.tables.shape[1] - 1)
-        blocks = np.where(held, rows.tables[of, block], rows.zero_block)
-        slots = blocks.astype(np.int64) * rows.block_size + key % rows.block_size
-        visible = key[:, None, :] <= pos[:, :, None]
-        if rows.window:
-            visible &= key[:, None, :] > pos[:, :, None] - rows.window
-        visible &= real[:active, :, None]
+        held = (key >= earliest[:active]) & (key < end[:active])
+        slots = rows.slots(of, torch.where(held, key, 0))
+        slots = torch.where(held, slots, rows.zero_block * rows.block_size)
+        visible = (key[:, None, :] <= pos[:, :, None]) & real[:active, :, None]
+        visible &= key[:, None, :] >= rows.first_key(pos)[:, :, None]
         key_tiles.append(
-            _KeyTile(
-                active,
-                torch.from_numpy(slots.ravel()).to(device),
-                torch.from_numpy(visible).to(device)[:, None, :, None, :],
-            )
+            _KeyTile(active, slots.flatten().to(device), visible.to(device)[:, None, :, None, :])
         )
     return TilePlan(
-        torch.from_numpy(rows.written()).to(device),
-        torch.from_numpy(queries.ravel()).to(device),
-        key_tiles,
-        torch.from_numpy(gather).to(device),
+        rows.written().to(device), queries.flatten().to(device), key_tiles, gather.to(device)
     )
 
 

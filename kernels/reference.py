@@ -11,52 +11,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mxfp4 import MXFP4, dequantize
 
-Ints = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """One step's rows in one KV group: row r computes positions starts[r] .. + counts[r].
 
-    ``tables`` [R, blocks] maps a row's position p to block tables[r][p // block_size]; entries
-    that the group's window has left, or past the last position, are never read.
-    The cache holds ``zero_block`` beyond the pool: its keys and values are always 0.
+    All tensors are int64 on the CPU. ``tables`` [R, blocks] maps a row's position p to block
+    tables[r][p // block_size]; entries that the group's window has left, or past the last
+    position, are never read. The cache holds ``zero_block`` beyond the pool: all of it is always 0.
     """
 
-    starts: Ints
-    counts: Ints
-    tables: Ints
+    starts: Tensor
+    counts: Tensor
+    tables: Tensor
     block_size: int
-    window: int  # 0: full attention
     zero_block: int
+    window: int = 0  # a token sees the last so many, itself included; 0: all
+    chunk: int = 0  # a token sees those since the last multiple of it; 0: all
 
-    def slots(self, row: int, first: int, last: int) -> Ints:
-        """Slots of positions first .. last-1 of a row, in int64."""
-        positions = np.arange(first, last)
+    def slots(self, row: Tensor | int, positions: Tensor) -> Tensor:
+        """Slots of a row's positions (or of pairs of row and position)."""
         blocks = self.tables[row, positions // self.block_size]
-        slots: Ints = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        return slots
+        return blocks * self.block_size + positions % self.block_size
 
-    def written(self) -> Ints:
+    def written(self) -> Tensor:
         """[T] the slot that each new token's key and value go to."""
-        rows = np.repeat(np.arange(len(self.starts)), self.counts)
-        before = np.cumsum(self.counts) - self.counts
-        positions = np.arange(len(rows)) - np.repeat(before - self.starts, self.counts)
-        blocks = self.tables[rows, positions // self.block_size].astype(np.int64)
-        slots: Ints = blocks * self.block_size + positions % self.block_size
-        return slots
+        rows = torch.repeat_interleave(self.counts)
+        before = self.counts.cumsum(0) - self.counts
+        positions = torch.arange(len(rows)) - (before - self.starts)[rows]
+        return self.slots(rows, positions)
 
-    def first_key(self, position: int) -> int:
-        """The first position that a query at ``position`` sees; it sees itself, too."""
-        return max(0, position - self.window + 1) if self.window else 0
+    def first_key(self, position: Tensor) -> Tensor:
+        """The first position that a query at ``position`` sees; the last is its own."""
+        if self.chunk:
+            return position - position % self.chunk
+        return (position - self.window + 1).clamp(min=0) if self.window else position * 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +75,33 @@ class Plan:
 def plan(rows: Rows, device: torch.device) -> Plan:
     spans = []
     at = 0
-    for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
-        low = rows.first_key(int(start))
-        query = torch.arange(start, start + count, device=device)[:, None]
-        key = torch.arange(low, start + count, device=device)
-        visible = key <= query
-        if rows.window:
-            visible &= key > query - rows.window
-        keys = torch.from_numpy(rows.slots(row, low, int(start + count))).to(device)
-        spans.append(Span(at, int(count), keys, visible))
-        at += int(count)
-    return Plan(torch.from_numpy(rows.written()).to(device), spans)
+    for row, (start, count) in enumerate(
+        zip(rows.starts.tolist(), rows.counts.tolist(), strict=True)
+    ):
+        query = torch.arange(start, start + count)[:, None]
+        key = torch.arange(int(rows.first_key(query[0])), start + count)
+        visible = (key <= query) & (key >= rows.first_key(query))
+        spans.append(Span(at, count, rows.slots(row, key).to(device), visible.to(device)))
+        at += count
+    return Plan(rows.written().to(device), spans)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[T, D] -> [T, D]: the weight multiplies while still fp32, then one rounding to x's dtype."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool = False) -> Tensor:
+    """[T, D] -> [T, D] (arXiv:1910.07467), computed in fp32.
+
+    gpt-oss multiplies by the weight while still fp32, Llama rounds to x's dtype first.
+    """
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return (y * weight).to(x.dtype)
+    return (y.to(x.dtype) * weight if round_first else y * weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, round_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum), both [T, D]."""
     total = residual + x
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, round_first), total
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

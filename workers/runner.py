@@ -62,12 +62,12 @@ class Runner:
         plans = [
             self._model.ops.plan(
                 Rows(
-                    starts,
-                    counts,
-                    tables[slots].astype(np.int64),
+                    torch.from_numpy(starts),
+                    torch.from_numpy(counts),
+                    torch.from_numpy(tables[slots].astype(np.int64)),
                     self._cache.config.block_size,
-                    group.size,
                     self._cache.zero_block,
+                    **({group.kind: group.size} if group.size else {}),
                 ),
                 device,
             )

@@ -1,0 +1,48 @@
+"""Tile shapes of the Triton kernels, by architecture and shape class.
+
+None of these was tuned on a GPU: they were chosen from the machine code that ahead-of-time
+compilation gives (registers, spills, instruction kinds) and from published kernels' shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    rows: int
+    columns: int  # keys of attention, output features of a product
+    depth: int  # of one step along the sum; the head size of attention
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """For one rank's heads. Decoding rows split their keys until ``programs`` programs run, but
+    into parts of at least ``least_split`` keys; with ``span``, at its multiples and nowhere else.
+    """
+
+    group: int  # query heads of a KV head
+    kv_heads: int
+    prefill: Tile
+    decode: Tile
+    programs: int
+    least_split: int
+    span: int  # 0, or the keys of a batch-invariant part
+
+
+def attention(heads: int, kv_heads: int, head_dim: int, invariant: bool) -> Attention:
+    """Raises ValueError for heads that no tile holds."""
+    group = heads // kv_heads
+    if heads % kv_heads or group > 16 or head_dim not in (16, 32, 64, 128):
+        raise ValueError(
+            f"Triton attention serves up to 16 query heads for each KV head and head sizes 16, 32, "
+            f"64 and 128, not {heads} query and {kv_heads} KV heads of {head_dim}; "
+            "use --kernels reference"
+        )
+    rows = 64 if invariant or head_dim == 128 else 128
+    prefill = Tile(rows, 64, head_dim, 4 if rows == 64 else 8, 3)
+    decode = prefill if invariant else Tile(16, 64, head_dim, 4, 4)
+    return Attention(group, kv_heads, prefill, decode, 264, 256, 1024 if invariant else 0)
