@@ -60,7 +60,15 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 DType = Annotated[str, typer.Option(help="auto (bfloat16), bfloat16 or float32.")]
-Kernels = Annotated[str, typer.Option(help="auto, reference, cpu or triton (not yet).")]
+Kernels = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
+Invariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="No token depends on the batch it ran in: always so on CPU in float32; on CUDA it "
+        "costs speed.",
+    ),
+]
 Memory = Annotated[
     str,
     typer.Option(
@@ -129,6 +137,7 @@ def serve(
     device: Device = "auto",
     dtype: DType = "auto",
     kernels: Kernels = "auto",
+    batch_invariant: Invariant = False,
     kv_cache_memory: Memory = "",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto; others not yet.")] = "auto",
     gpu_memory_utilization: Annotated[
@@ -175,6 +184,7 @@ def serve(
         device=device,
         dtype=dtype,
         kernels=kernels,
+        batch_invariant=batch_invariant,
         kv_cache_memory=kv_cache_memory,
         gpu_memory_utilization=gpu_memory_utilization,
         max_model_len=max_model_len,
@@ -220,6 +230,7 @@ def generate(
     device: Device = "auto",
     dtype: DType = "auto",
     kernels: Kernels = "auto",
+    batch_invariant: Invariant = False,
     kv_cache_memory: Memory = "",
     max_model_len: Length = None,
     block_size: Blocks = 16,
@@ -237,6 +248,7 @@ def generate(
         device=device,
         dtype=dtype,
         kernels=kernels,
+        batch_invariant=batch_invariant,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         block_size=block_size,
@@ -320,8 +332,6 @@ def show_size(size: float) -> str:
 
 def _spec(kv_cache_memory: str, **fields: Any) -> ModelSpec:
     memory = parse_size(kv_cache_memory) if kv_cache_memory else None
-    if fields["kernels"] == "triton":
-        fail("--kernels triton is not available yet")
     # Serving changes into a folder of its own; a relative path would lose its meaning.
     if fields["model"] and Path(fields["model"]).expanduser().exists():
         fields["model"] = str(Path(fields["model"]).expanduser().resolve())

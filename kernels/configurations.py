@@ -46,3 +46,20 @@ def attention(heads: int, kv_heads: int, head_dim: int, invariant: bool) -> Atte
     prefill = Tile(rows, 64, head_dim, 4 if rows == 64 else 8, 3)
     decode = prefill if invariant else Tile(16, 64, head_dim, 4, 4)
     return Attention(group, kv_heads, prefill, decode, 264, 256, 1024 if invariant else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """``small`` while an expert has one tile of rows on average, for the weights' sake; ``large``
+    beyond. Equal for a batch-invariant run."""
+
+    small: Tile
+    large: Tile
+
+
+def experts(invariant: bool) -> Experts:
+    small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)
+    return Experts(large, large) if invariant else Experts(small, large)
+
+
+LINEAR = Tile(64, 128, 64, 4, 3)  # of batch-invariant dense layers

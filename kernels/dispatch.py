@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import ModuleType
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import cpu, exact, reference
-from kernels.mxfp4 import MXFP4
 from kernels.reference import Rows
 
 
@@ -24,63 +24,101 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Shapes:
+    """What the choice depends on: one rank's part of a model, and how it runs."""
+
+    dtype: torch.dtype  # of activations: bf16 or fp32
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Ops:
     """The kernels of one run. Shapes, dtypes and sources: ``kernels.reference``, same names."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rope_kv_write: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
+    ]
     plan: Callable[[Rows, torch.device], Plan]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Any, Tensor, float], Tensor]
     route: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    pack: Callable[[Any], Any]
     experts: Callable[
-        [
-            Tensor,
-            Tensor,
-            Tensor,
-            Tensor | MXFP4,
-            Tensor,
-            Tensor | MXFP4,
-            Tensor | None,
-            int,
-            float,
-            float,
-        ],
-        Tensor,
+        [Tensor, Tensor, Tensor, Any, Tensor, Any, Tensor | None, int, float, float], Tensor
     ]
     table: tuple[tuple[str, str, str], ...]  # (op, implementation, why)
 
 
 _NAMES = tuple(field.name for field in fields(Ops) if field.name != "table")
+_Choice = dict[str, tuple[Any, str, str]]  # op -> (function, implementation, why)
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype) -> Ops:
-    """The kernels for ``--kernels``, a device and an activation dtype (bf16 or fp32).
+def choose(kernels: str, device: torch.device, shapes: Shapes) -> Ops:
+    """The kernels for ``--kernels`` on a device.
 
     Raises ValueError for a combination that does not exist, with what to choose instead.
     """
-    if kernels == "triton":
-        raise ValueError("--kernels triton is not available yet; use --kernels auto")
-    if kernels == "cpu" and device.type != "cpu":
-        raise ValueError(f"--kernels cpu cannot run on {device.type}; use --kernels auto")
-    fp32 = dtype == torch.float32
-    home: dict[str, tuple[ModuleType, str]] = {}
-    if kernels == "reference" or device.type != "cpu":
-        why = "asked for" if kernels == "reference" else f"no kernels for {device.type} yet"
-        home = dict.fromkeys(_NAMES, (reference, why))
-    for name in _NAMES:
-        if name in home:
-            continue
-        if fp32 and hasattr(exact, name):
-            home[name] = (exact, "float32: a row's result never depends on its batch")
-        elif not fp32 and hasattr(cpu, name):
-            home[name] = (cpu, f"{dtype}: few calls per layer")
-        else:
-            home[name] = (reference, "plain torch is best here")
-    chosen: dict[str, Any] = {name: getattr(module, name) for name, (module, _) in home.items()}
-    table = tuple(
-        (name, module.__name__.rpartition(".")[2], why) for name, (module, why) in home.items()
+    kind = device.type
+    if kernels == "cpu" and kind != "cpu":
+        raise ValueError(f"--kernels cpu cannot run on {kind}; use --kernels auto")
+    if kernels == "reference":
+        if shapes.batch_invariant:
+            raise ValueError("--batch-invariant does not go with --kernels reference")
+        chosen = _plain("asked for")
+    elif kernels == "triton" or kind == "cuda":
+        chosen = _triton("asked for" if kernels == "triton" else "the device is CUDA", kind, shapes)
+    else:
+        chosen = _cpu(shapes)
+    table = tuple((name, home, why) for name, (_, home, why) in chosen.items())
+    return Ops(**{name: function for name, (function, _, _) in chosen.items()}, table=table)
+
+
+def _plain(why: str) -> _Choice:
+    return {name: (getattr(reference, name), "reference", why) for name in _NAMES}
+
+
+def _cpu(shapes: Shapes) -> _Choice:
+    fp32 = shapes.dtype == torch.float32
+    if shapes.batch_invariant and not fp32:
+        raise ValueError("--batch-invariant on a CPU needs --dtype float32")
+    own, name, why = (
+        (exact, "exact", "float32: a row's result never depends on its batch")
+        if fp32
+        else (cpu, "cpu", f"{shapes.dtype}: few calls per layer")
     )
-    return Ops(**chosen, table=table)
+    chosen = _plain("plain torch is best here")
+    return chosen | {op: (getattr(own, op), name, why) for op in _NAMES if hasattr(own, op)}
+
+
+def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "--kernels triton needs a CUDA device (on a CPU, Triton's interpreter runs them, "
+            "slowly, where TRITON_INTERPRET=1 is set); use --kernels auto"
+        )
+    # Reads TRITON_INTERPRET, and takes a second: not where nobody asked for it.
+    from kernels import attention, configurations, linear, moe, norm, rope
+
+    invariant = shapes.batch_invariant
+    tiles = configurations.attention(shapes.heads, shapes.kv_heads, shapes.head_dim, invariant)
+    experts = configurations.experts(invariant)
+    own: dict[str, Any] = {
+        "rms_norm": norm.rms_norm,
+        "add_rms_norm": norm.add_rms_norm,
+        "rope_kv_write": rope.rope_kv_write,
+        "plan": partial(attention.plan, config=tiles),
+        "paged_attention": attention.paged_attention,
+        "route": moe.route,
+        "pack": moe.pack,
+        "experts": partial(moe.experts, config=experts),
+    }
+    if invariant:
+        own["linear"] = partial(linear.linear, tile=configurations.LINEAR)
+        why = f"{why}; batch-invariant tiles"
+    chosen = _plain("the vendor's matrix product")
+    return chosen | {op: (function, "triton", why) for op, function in own.items()}

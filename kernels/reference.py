@@ -109,20 +109,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [T, H, d] and k [T, KV, d], element i with element i + d/2 (arXiv:2104.09864).
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate x [T, H, d] (arXiv:2104.09864): elements i and i + d/2, or 2 i and 2 i + 1.
 
-    cos and sin are [T, 1, d] in q's dtype, for both halves: sin is negated in the first one, so
-    that a rotation is x * cos + (x with its halves swapped) * sin.
+    cos and sin are [T, 1, d] in x's dtype, for both elements of a pair: sin is negated for the
+    first, so that a rotation is x * cos + (x with every pair swapped) * sin.
     """
-    half = q.shape[-1] // 2
-    return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
+    swapped = (
+        x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        if interleaved
+        else x.roll(x.shape[-1] // 2, -1)
+    )
+    return x * cos + swapped * sin
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Store k, v [T, KV, d] in the caches [S, KV, d] at ``slots`` int64 [T]."""
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rotate q [T, H, d] and k [T, KV, d]; store k and v in the caches [S, KV, d] at ``slots``
+    int64 [T]; return q. Caches may be fp8 (e4m3): what it cannot hold becomes its largest value."""
+    k = rope(k, cos, sin, interleaved)
+    if k_cache.dtype == torch.float8_e4m3fn:
+        k, v = (t.clamp(-448, 448).to(k_cache.dtype).view(torch.uint8) for t in (k, v))
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_cache.index_copy_(0, slots, k)
     v_cache.index_copy_(0, slots, v)
+    return rope(q, cos, sin, interleaved)
 
 
 def paged_attention(
@@ -161,6 +181,11 @@ def swiglu(x: Tensor, limit: float, alpha: float) -> Tensor:
     gate, up = x[..., 0::2].float(), x[..., 1::2].float()
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(x.dtype)
+
+
+def pack(w: Tensor | MXFP4) -> Tensor | MXFP4:
+    """The experts' matrices as ``experts`` wants them: here as they are."""
+    return w
 
 
 def experts(

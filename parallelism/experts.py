@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,11 +39,11 @@ class Experts(nn.Module):
         first, last = layout.intermediate(intermediate, BLOCK if mxfp4 else 1)
         pairs = (2 * first, 2 * last)
         every = (0, hidden)
-        self._experts, self._dtype = place.ops.experts, place.dtype
+        self._experts, self._pack, self._dtype = place.ops.experts, place.ops.pack, place.dtype
         self._first, self._limit, self._alpha = mine[0], limit, alpha
         up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
-        self.w13: Tensor | MXFP4 | None = None
-        self.w2: Tensor | MXFP4 | None = None
+        self.w13: Any = None  # as ``place.ops.pack`` makes them
+        self.w2: Any = None
         if mxfp4:
             self._declare_packed("w13", up, (experts, 2 * intermediate, hidden), mine, pairs, every)
             self._declare_packed(
@@ -87,14 +90,21 @@ class Experts(nn.Module):
         """After loading: settle in which form the kernels get the matrices."""
         for own in ("w13", "w2"):
             if hasattr(self, f"{own}_dense"):
-                matrices: Tensor | MXFP4 = getattr(self, f"{own}_dense")
-            else:
-                matrices = MXFP4(getattr(self, f"{own}_blocks"), getattr(self, f"{own}_scales"))
-                if dequantise:
-                    matrices = self._dequantised(matrices)
-                    delattr(self, f"{own}_blocks")
-                    delattr(self, f"{own}_scales")
-            setattr(self, own, matrices)
+                setattr(self, own, self._pack(getattr(self, f"{own}_dense")))
+                continue
+            packed = MXFP4(getattr(self, f"{own}_blocks"), getattr(self, f"{own}_scales"))
+            setattr(self, own, self._dequantised(packed) if dequantise else self._pack(packed))
+            if getattr(self, own) is not packed:
+                delattr(self, f"{own}_blocks")
+                delattr(self, f"{own}_scales")
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What w13 and w2 are made of once they are loaded."""
+        tensors: list[Tensor] = []
+        for w in (self.w13, self.w2):
+            tensors += [w] if isinstance(w, Tensor) else [getattr(w, f.name) for f in fields(w)]
+        return tensors
 
     def _dequantised(self, packed: MXFP4) -> Tensor:
         """Expert by expert: the steps in between take more room than the result."""

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import cpu, exact, reference
-from kernels.dispatch import choose
+from kernels.dispatch import Shapes, choose
 from kernels.mxfp4 import MXFP4, dequantize
 from kernels.reference import Rows
 from tests.checkpoints import quantize_mxfp4
 
+CPU = torch.device("cpu")
 KERNELS = {torch.float32: exact, torch.bfloat16: cpu}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = st.sampled_from(list(KERNELS))
@@ -92,7 +93,8 @@ class Scene:
         new = [slice(int(s), int(s + c)) for s, c in zip(self.starts, self.counts, strict=True)]
         k = torch.cat([k[part] for k, part in zip(self.keys, new, strict=True)])
         v = torch.cat([v[part] for v, part in zip(self.values, new, strict=True)])
-        reference.kv_write(k, v, k_cache, v_cache, plan.slots)
+        k_cache.index_copy_(0, plan.slots, k)
+        v_cache.index_copy_(0, plan.slots, v)
         out: Tensor = kernels.paged_attention(  # type: ignore[attr-defined]
             self.q, k_cache, v_cache, plan, self.sinks, self.scale
         )
@@ -246,7 +248,7 @@ def test_norms_and_linear(dtype: torch.dtype) -> None:
     for tokens, width in ((1, 17), (5, 64), (40, 96)):
         x, residual = torch.randn(2, tokens, width, generator=draw).mul(3).to(dtype)
         weight = torch.rand(width, generator=draw).to(dtype)
-        ops = choose("auto", torch.device("cpu"), dtype)
+        ops = choose("auto", CPU, Shapes(dtype, 4, 2, 16))
         wide = x.double()
         rms = (wide.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
         close(ops.rms_norm(x, weight, 1e-5), wide * rms * weight.double())
@@ -263,7 +265,8 @@ def test_rope_turns_pairs_of_halves() -> None:
     angle = torch.rand(5, 8, generator=draw) * 6
     cos = torch.cat((angle.cos(), angle.cos()), -1)[:, None]
     sin = torch.cat((-angle.sin(), angle.sin()), -1)[:, None]
-    for ours, x in zip(reference.rope(q, k, cos, sin), (q, k), strict=True):
+    for x in (q, k):
+        ours = reference.rope(x, cos, sin)
         turned = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(
             torch.ones(5, 1, 8), angle[:, None]
         )
@@ -350,13 +353,19 @@ def test_exact_products_never_depend_on_their_batch() -> None:
 
 
 def test_dispatch_says_what_runs_and_refuses_what_cannot() -> None:
-    table = {op: home for op, home, _ in choose("auto", torch.device("cpu"), torch.bfloat16).table}
-    assert table["experts"] == "cpu"
-    table = {op: home for op, home, _ in choose("auto", torch.device("cpu"), torch.float32).table}
-    assert table["experts"] == "exact"
-    everywhere = choose("reference", torch.device("cpu"), torch.float32).table
-    assert {home for _, home, _ in everywhere} == {"reference"}
-    with pytest.raises(ValueError, match="triton is not available yet"):
-        choose("triton", torch.device("cpu"), torch.bfloat16)
+    bf16, fp32 = Shapes(torch.bfloat16, 4, 2, 16), Shapes(torch.float32, 4, 2, 16)
+
+    def homes(kernels: str, shapes: Shapes) -> dict[str, str]:
+        return {op: home for op, home, _ in choose(kernels, CPU, shapes).table}
+
+    assert homes("auto", bf16)["experts"] == "cpu"
+    assert homes("auto", fp32)["experts"] == "exact"
+    assert {*homes("reference", fp32).values()} == {"reference"}
+    with pytest.raises(ValueError, match="triton needs a CUDA device"):
+        choose("triton", CPU, bf16)
     with pytest.raises(ValueError, match="cannot run on cuda"):
-        choose("cpu", torch.device("cuda"), torch.bfloat16)
+        choose("cpu", torch.device("cuda"), bf16)
+    with pytest.raises(ValueError, match="needs --dtype float32"):
+        choose("auto", CPU, Shapes(torch.bfloat16, 4, 2, 16, batch_invariant=True))
+    with pytest.raises(ValueError, match="does not go with --kernels reference"):
+        choose("reference", CPU, Shapes(torch.float32, 4, 2, 16, batch_invariant=True))

@@ -69,7 +69,7 @@ def test_seeds(tiny: Path) -> None:
         (lambda tiny: LLM("/no/such/model"), "neither a directory nor a hub id"),
         (lambda tiny: LLM(tiny, kv_cache_memory=100), "KV|kv"),
         (lambda tiny: LLM(tiny, max_model_len=513), "512"),
-        (lambda tiny: LLM(tiny, kernels="triton"), "not available yet"),
+        (lambda tiny: LLM(tiny, kernels="triton"), "needs a CUDA device"),
         (lambda tiny: LLM(tiny).generate("text"), "tokenizer"),
         (lambda tiny: LLM(tiny).generate([1, 256]), "the vocabulary has 256"),
         (lambda tiny: LLM(tiny).generate([1], SamplingParams(temperature=9)), "temperature"),
@@ -151,7 +151,7 @@ def test_moeray_version_and_help() -> None:
         (("serve", "--replicas", "2"), "--replicas is not available yet"),
         (("serve", "--data-parallel-size", "2"), "--data-parallel-size is not available yet"),
         (("serve", "--autoscale", "1:4"), "--autoscale is not available yet"),
-        (("serve", "--kernels", "triton"), "--kernels triton is not available yet"),
+        (("serve", "--kernels", "triton"), "--kernels triton needs a CUDA device"),
         (("status", "--url", "http://127.0.0.1:9"), "nothing answers"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels.dispatch import choose
+from kernels.dispatch import Shapes, choose
 from kernels.mxfp4 import MXFP4, dequantize
 from parallelism.group import Group
 from parallelism.layers import Place
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def decoder(directory: Path, layout: Layout) -> Decoder:
-    ops = choose("reference", CPU, torch.float32)
+    ops = choose("reference", CPU, Shapes(torch.float32, 4, 2, 16))
     place = Place(layout, Group(layout.rank, layout.tp), ops, torch.float32, CPU)
     return Decoder(architecture(directory), place)
 

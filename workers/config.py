@@ -59,6 +59,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     device: Device = "auto"
     dtype: DType = "auto"
     kernels: Kernels = "auto"
+    batch_invariant: bool = False
     kv_cache_dtype: Literal["auto"] = "auto"
     kv_cache_memory: int | None = None  # bytes per rank; None: computed
     gpu_memory_utilization: float = 0.9

@@ -75,8 +75,7 @@ class Block(nn.Module):
         else:
             h, x = ops.add_rms_norm(delta, x, self.norm.weight, self.eps)
         q, k, v = self.qkv(h)
-        q, k = ops.rope(q, k, *rotation)
-        ops.kv_write(k, v, *cache, plan.slots)
+        q = ops.rope_kv_write(q, k, v, *rotation, *cache, plan.slots)
         h = ops.paged_attention(q, *cache, plan, self.sinks.weight, self.scale)
         delta = self.group.all_reduce(self.o(h))
         h, x = ops.add_rms_norm(delta, x, self.expert_norm.weight, self.eps)

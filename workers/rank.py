@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch.distributed import Store
 
-from kernels.dispatch import choose
+from kernels.dispatch import Ops, Shapes, choose
 from kernels.mxfp4 import BLOCK
 from parallelism.experts import Experts
 from parallelism.group import Group
@@ -103,10 +103,15 @@ class Rank:
         ``progress`` hears (bytes read, of so many). Raises CheckpointError before anything is read.
         """
         began = time.monotonic()
-        ops = choose(self._spec.kernels, self._device, self._dtype)
+        arch = self.architecture
+        heads, kv_heads = (
+            last - first
+            for first, last in map(self._layout.heads, (arch.num_heads, arch.num_kv_heads))
+        )
+        shapes = Shapes(self._dtype, heads, kv_heads, arch.head_dim, self._spec.batch_invariant)
+        ops = choose(self._spec.kernels, self._device, shapes)
         group = Group(self._layout.rank, self._layout.tp)
         place = Place(self._layout, group, ops, self._dtype, self._device)
-        arch = self.architecture
         model = Decoder(arch, place)
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
         plan = weights.plan(model, self._directory, unused)
@@ -132,7 +137,7 @@ class Rank:
             free_bytes=self._free(),
             kv_dtype_bytes=self._dtype.itemsize,
             seconds=time.monotonic() - began,
-            notes=notes,
+            notes=[*notes, *_kernels(ops)],
         )
 
     def _form_of_experts(self, model: Decoder) -> tuple[bool, list[str]]:
@@ -142,7 +147,7 @@ class Rank:
             return False, []
         packed = unpacked // self._dtype.itemsize * 17 // 32
         sizes = f"{_size(packed)} as MXFP4, {_size(unpacked)} as {str(self._dtype)[6:]}"
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" or self._spec.kernels == "triton":
             return False, [f"experts stay packed ({sizes})"]
         if unpacked <= self._free() // 2:
             return True, [f"experts are dequantised at load: {sizes}"]
@@ -189,12 +194,20 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the most it takes
 
 
+def _kernels(ops: Ops) -> list[str]:
+    """Lines that say which kernels run, and why."""
+    by: dict[tuple[str, str], list[str]] = {}
+    for op, implementation, why in ops.table:
+        by.setdefault((implementation, why), []).append(op)
+    return [f"{home} kernels ({why}): {', '.join(names)}" for (home, why), names in by.items()]
+
+
 def _held(model: Decoder) -> int:
     """Bytes of the weights."""
     found: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, Experts):
-            found |= {id(t): t for t in (module.w13, module.w2) if isinstance(t, torch.Tensor)}
+            found |= {id(t): t for t in module.matrices}
     return sum(tensor.nbytes for tensor in found.values())
 
 

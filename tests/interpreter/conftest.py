@@ -1,4 +1,4 @@
-"""Matrix products as tensor cores make them, in place of the interpreter's."""
+"""Products and conversions as the hardware makes them, in place of the interpreter's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+NARROW = {
+    tl.bfloat16: (torch.bfloat16, torch.int16),
+    tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+}
 
 
 def _wide(x: Any) -> Any:
@@ -20,13 +26,24 @@ def _wide(x: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in fp32, a row's never depending on its place in the tile; the interpreter's own product
-    goes through BLAS, which does depend on it, and takes bf16 operands for integers."""
+    goes through BLAS, which does depend on it, and takes bf16 operands for integers. Narrow floats
+    rounded to the nearest; the interpreter cuts bf16 off and loses fp8's carries."""
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
         assert d.dtype.scalar == tl.float32, "sums belong into fp32"
         product = np.einsum("...ik,...kj->...ij", _wide(a), _wide(b))
         return interpreter.TensorHandle(product + d.data, tl.float32)
 
+    convert_float = interpreter._convert_float
+
+    def convert(x: Any, given: Any, wanted: Any, rounding: Any) -> Any:
+        if given != tl.float32 or wanted not in NARROW:
+            return convert_float(x, given, wanted, rounding)
+        dtype, bits = NARROW[wanted]
+        narrow = torch.from_numpy(x.view(np.float32)).to(dtype)
+        return narrow.view(bits).numpy().view(f"uint{8 * dtype.itemsize}").reshape(x.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)

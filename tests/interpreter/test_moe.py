@@ -1,0 +1,126 @@
+"""Routing and experts under Triton's interpreter against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import configurations, moe, reference
+from kernels.configurations import Experts, Tile
+from kernels.mxfp4 import MXFP4, dequantize
+from tests.checkpoints import quantize_mxfp4
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SMALL = Experts(Tile(16, 32, 32, 4, 1), Tile(32, 32, 64, 4, 1))
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert not ours.isnan().any()
+    scale = max(1.0, float(theirs.abs().max()))
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.float(), theirs.float(), atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("experts", [(1, 1), (5, 3), (32, 4), (128, 4)])
+def test_route(experts: tuple[int, int]) -> None:
+    count, k = experts
+    logits = torch.randn(9, count, generator=torch.Generator().manual_seed(0))
+    expected_ids, expected = reference.route(logits, k)
+    ids, weights = moe.route(logits, k)
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_the_first_of_equal_logits_is_chosen() -> None:
+    ids, weights = moe.route(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 2)
+    assert ids.tolist() == [[1, 2]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+def test_packed_words_hold_every_number() -> None:
+    """All 16 values in all places of a word, with the smallest and largest scales."""
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(3, 2).view(1, 6, 16, 16)
+    scales = torch.tensor([0, 1, 100, 127, 128, 60], dtype=torch.uint8)
+    scales = scales[:, None].repeat(1, 16)[None]
+    packed = moe.pack(MXFP4(blocks, scales))
+    assert isinstance(packed, moe.MXFP4Words)
+    expected = dequantize(MXFP4(blocks, scales), torch.float32)
+    identity = torch.eye(512)
+    order, offsets = torch.arange(512, dtype=torch.int32), torch.tensor([0, 512]).int()
+    ours = torch.full((512, 6), torch.nan)
+    moe._product(
+        identity, packed, None, torch.ones(512), ours, order, offsets, 1, 1, 0.0, 0.0, SMALL.large
+    )
+    assert torch.equal(ours.T[None], expected)
+    with pytest.raises(ValueError, match=r"scale of 2\^2 is above 2"):
+        moe.pack(MXFP4(blocks, torch.full_like(scales, 129)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    dtype=st.sampled_from(list(TOLERANCE)),
+    tokens=st.sampled_from([1, 2, 17, 63]),
+    shape=st.sampled_from([(4, 32, 32), (8, 96, 160), (5, 64, 100)]),
+    mxfp4=st.booleans(),
+    skew=st.sampled_from(["spread", "one", "elsewhere"]),
+    bias=st.booleans(),
+)
+def test_experts(
+    dtype: torch.dtype,
+    tokens: int,
+    shape: tuple[int, int, int],
+    mxfp4: bool,
+    skew: str,
+    bias: bool,
+) -> None:
+    """Experts 2 .. of 16 on this rank; all tokens to one expert, or most to other ranks'."""
+    draw = torch.Generator().manual_seed(tokens)
+    count, inner, hidden = shape
+    if mxfp4:
+        hidden = hidden // 32 * 32
+
+    def randn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=draw)
+
+    x, logits = randn(tokens, hidden).to(dtype), randn(tokens, 16)
+    if skew != "spread":
+        logits[:, 3 if skew == "one" else 14] += 100
+    b13, b2 = randn(count, 2 * inner).to(dtype), randn(count, hidden).to(dtype)
+    w13, w2 = randn(count, 2 * inner, hidden) * 0.3, randn(count, hidden, inner) * 0.3
+    ids, weights = reference.route(logits, 3)
+    ids = ids.int()
+    matrices = [MXFP4(*quantize_mxfp4(w)) if mxfp4 else w.to(dtype) for w in (w13, w2)]
+    packed = [moe.pack(w) for w in matrices]
+    rest = (2, 7.0, 1.702)
+    last = b2 if bias else None
+    wide = [dequantize(w, torch.float32) if isinstance(w, MXFP4) else w.float() for w in matrices]
+    expected = reference.experts(
+        x.float(), ids, weights, wide[0], b13.float(), wide[1],
+        None if last is None else last.float(), *rest,
+    )  # fmt: skip
+    ours = moe.experts(x, ids, weights, packed[0], b13, packed[1], last, *rest, SMALL)
+    close(ours, expected)
+
+
+@pytest.mark.parametrize("mxfp4", [False, True])
+def test_rows_never_depend_on_their_batch(mxfp4: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, logits = torch.randn(70, 64, generator=draw), torch.randn(70, 8, generator=draw)
+    matrices = torch.randn(8, 64, 64, generator=draw), torch.randn(8, 64, 32, generator=draw)
+    w13, w2 = (moe.pack(MXFP4(*quantize_mxfp4(w)) if mxfp4 else w) for w in matrices)
+    b13, b2 = torch.randn(2, 8, 64, generator=draw)
+    ids, weights = moe.route(logits, 3)
+    config = configurations.experts(invariant=True)
+
+    def some(first: int, last: int) -> Tensor:
+        mine = slice(first, last)
+        return moe.experts(
+            x[mine], ids[mine], weights[mine], w13, b13, w2, b2, 0, 7.0, 1.702, config
+        )
+
+    expected = some(0, 70)
+    for first, last in ((0, 1), (3, 20), (69, 70)):
+        assert torch.equal(some(first, last), expected[first:last])
