@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Attention
+from kernels.launch import launch
 from kernels.reference import Rows
 
 LOG2_E = 1.4426950408889634
@@ -121,7 +122,7 @@ def _keys(  # type: ignore[no-untyped-def]
     return top, norm, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
@@ -218,7 +219,7 @@ def _attend(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(  # type: ignore[no-untyped-def]
     parts_ptr,
     tops_ptr,
@@ -343,7 +344,9 @@ def paged_attention(
             tops, norms = torch.empty(
                 2, n, heads, splits, dtype=torch.float32, device=q.device
             ).unbind()
-        _attend[(n, config.kv_heads, splits)](
+        launch(
+            _attend,
+            (n, config.kv_heads, splits),
             q,
             k_cache,
             v_cache,
@@ -372,7 +375,9 @@ def paged_attention(
             **shared,
         )
         if split:
-            _combine[(n, config.kv_heads)](
+            launch(
+                _combine,
+                (n, config.kv_heads),
                 part,
                 tops,
                 norms,

@@ -7,6 +7,28 @@ compilation gives (registers, spills, instruction kinds) and from published kern
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+# "generic": sm_80, 86, 89, 120 (mma.sync) and the interpreter; "hopper": sm_90 (wgmma);
+# "blackwell": sm_100, 103 (tcgen05, with block scales).
+Family = Literal["generic", "hopper", "blackwell"]
+FAMILIES: dict[int, Family] = {
+    80: "generic",
+    86: "generic",
+    89: "generic",
+    90: "hopper",
+    100: "blackwell",
+    103: "blackwell",
+    120: "generic",
+}
+
+
+def family(arch: int) -> Family:
+    """Of an architecture: 90 is sm_90; 0 is the interpreter. Raises ValueError."""
+    if arch and arch not in FAMILIES:
+        known = ", ".join(f"sm_{each}" for each in FAMILIES)
+        raise ValueError(f"no kernel is made for sm_{arch}; they are for {known}")
+    return FAMILIES[arch] if arch else "generic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +55,7 @@ class Attention:
     span: int  # 0, or the keys of a batch-invariant part
 
 
-def attention(heads: int, kv_heads: int, head_dim: int, invariant: bool) -> Attention:
+def attention(arch: Family, heads: int, kv_heads: int, head_dim: int, invariant: bool) -> Attention:
     """Raises ValueError for heads that no tile holds."""
     group = heads // kv_heads
     if heads % kv_heads or group > 16 or head_dim not in (16, 32, 64, 128):
@@ -57,9 +79,11 @@ class Experts:
     large: Tile
 
 
-def experts(invariant: bool) -> Experts:
+def experts(arch: Family, invariant: bool) -> Experts:
     small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)
     return Experts(large, large) if invariant else Experts(small, large)
 
 
-LINEAR = Tile(64, 128, 64, 4, 3)  # of batch-invariant dense layers
+def linear(arch: Family) -> Tile:
+    """Of batch-invariant dense layers."""
+    return Tile(64, 128, 64, 4, 3)

@@ -32,6 +32,7 @@ class Shapes:
     kv_heads: int
     head_dim: int
     batch_invariant: bool = False
+    arch: int = 0  # of the GPU: 90 is sm_90; 0 where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,11 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
     from kernels import attention, configurations, linear, moe, norm, rope
 
     invariant = shapes.batch_invariant
-    tiles = configurations.attention(shapes.heads, shapes.kv_heads, shapes.head_dim, invariant)
-    experts = configurations.experts(invariant)
+    arch = configurations.family(shapes.arch)
+    tiles = configurations.attention(
+        arch, shapes.heads, shapes.kv_heads, shapes.head_dim, invariant
+    )
+    experts = configurations.experts(arch, invariant)
     own: dict[str, Any] = {
         "rms_norm": norm.rms_norm,
         "add_rms_norm": norm.add_rms_norm,
@@ -118,7 +122,7 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
         "experts": partial(moe.experts, config=experts),
     }
     if invariant:
-        own["linear"] = partial(linear.linear, tile=configurations.LINEAR)
+        own["linear"] = partial(linear.linear, tile=configurations.linear(arch))
         why = f"{why}; batch-invariant tiles"
     chosen = _plain("the vendor's matrix product")
     return chosen | {op: (function, "triton", why) for op, function in own.items()}

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Tile
+from kernels.launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def _linear(  # type: ignore[no-untyped-def]
     x_ptr,
     w_ptr,
@@ -55,7 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor
     tokens, rows = len(x), len(weight)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(tokens, tile.rows)
-    _linear[(tiles * triton.cdiv(rows, tile.columns),)](
+    launch(
+        _linear,
+        (tiles * triton.cdiv(rows, tile.columns),),
         x,
         weight,
         bias,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Experts, Tile
+from kernels.launch import launch
 from kernels.mxfp4 import BLOCK, MXFP4
 
 CHUNK = 128  # elements along the sum in one run of words
@@ -122,7 +123,7 @@ def _route(  # type: ignore[no-untyped-def]
     tl.store(weights_ptr + token * k + choices, weights, mask=choices < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "first"])
 def _sort(  # type: ignore[no-untyped-def]
     ids_ptr, order_ptr, offsets_ptr, pairs, first, experts, BLOCK: tl.constexpr
 ):
@@ -144,7 +145,7 @@ def _sort(  # type: ignore[no-untyped-def]
             before += tl.sum(mine.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _grouped(  # type: ignore[no-untyped-def]
     x_ptr,
     w_ptr,
@@ -240,7 +241,7 @@ def _grouped(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _add_pairs(  # type: ignore[no-untyped-def]
     pairs_ptr, ids_ptr, out_ptr, width, first, experts, K: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -264,7 +265,9 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     assert logits.is_contiguous()
     ids = torch.empty(tokens, k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
-    _route[(tokens,)](
+    launch(
+        _route,
+        (tokens,),
         logits,
         ids,
         weights,
@@ -298,9 +301,7 @@ def experts(
     device = x.device
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=device)
-    _sort[(count + 1,)](
-        ids, order, offsets, pairs, first, count, BLOCK=min(SORTED, triton.next_power_of_2(pairs))
-    )
+    launch(_sort, (count + 1,), ids, order, offsets, pairs, first, count, BLOCK=SORTED)
     tile = config.small if pairs <= config.small.rows * count else config.large
     sorted_ = (order, offsets, count, k, limit, alpha, tile)
     h = torch.empty(pairs, b13.shape[1] // 2, dtype=x.dtype, device=device)
@@ -308,8 +309,17 @@ def experts(
     y = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=device)
     _product(h, w2, b2, weights, y, *sorted_)
     out = torch.empty_like(x)
-    _add_pairs[(tokens, triton.cdiv(x.shape[1], 1024))](
-        y, ids, out, x.shape[1], first, count, K=k, COLUMNS=1024
+    launch(
+        _add_pairs,
+        (tokens, triton.cdiv(x.shape[1], 1024)),
+        y,
+        ids,
+        out,
+        x.shape[1],
+        first,
+        count,
+        K=k,
+        COLUMNS=1024,
     )
     return out
 
@@ -335,7 +345,9 @@ def _product(
     pairs = len(order)
     # No more tiles than pairs, and no more than full ones and one broken one for each expert.
     tiles = min(pairs, pairs // tile.rows + count)
-    _grouped[(tiles * triton.cdiv(rows, tile.columns),)](
+    launch(
+        _grouped,
+        (tiles * triton.cdiv(rows, tile.columns),),
         x,
         matrix,
         w.scales if isinstance(w, MXFP4Words) else None,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
+
 
 @triton.jit
 def _rms_norm(  # type: ignore[no-untyped-def]
@@ -47,7 +49,9 @@ def _launch(
     out = torch.empty_like(x)
     total = torch.empty_like(x) if residual is not None else x
     block = triton.next_power_of_2(width)
-    _rms_norm[(rows,)](
+    launch(
+        _rms_norm,
+        (rows,),
         x,
         x if residual is None else residual,
         weight,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
+
 E4M3_MAX = 448.0
 
 
@@ -86,7 +88,9 @@ def rope_kv_write(
     assert sin.is_contiguous()
     out = torch.empty(tokens, heads, size, dtype=q.dtype, device=q.device)
     each = 16
-    _rope_kv_write[(tokens, triton.cdiv(heads, each) + 1)](
+    launch(
+        _rope_kv_write,
+        (tokens, triton.cdiv(heads, each) + 1),
         q,
         k,
         v,

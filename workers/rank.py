@@ -108,7 +108,14 @@ class Rank:
             last - first
             for first, last in map(self._layout.heads, (arch.num_heads, arch.num_kv_heads))
         )
-        shapes = Shapes(self._dtype, heads, kv_heads, arch.head_dim, self._spec.batch_invariant)
+        shapes = Shapes(
+            self._dtype,
+            heads,
+            kv_heads,
+            arch.head_dim,
+            self._spec.batch_invariant,
+            _capability(self._device),
+        )
         ops = choose(self._spec.kernels, self._device, shapes)
         group = Group(self._layout.rank, self._layout.tp)
         place = Place(self._layout, group, ops, self._dtype, self._device)
@@ -183,6 +190,14 @@ class Rank:
             plan.kv, last - first, self.architecture.head_dim, self._dtype, self._device
         )
         return Runner(self._model, cache, plan.scheduler, self._place)
+
+
+def _capability(device: torch.device) -> int:
+    """90 for sm_90; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _keep_freed_memory() -> None:

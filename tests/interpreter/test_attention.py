@@ -19,7 +19,9 @@ class Paged:
 
     def __init__(self, scene: Scene, invariant: bool, span: int = 0) -> None:
         heads, kv_heads = scene.q.shape[1], scene.k_cache.shape[1]
-        self.config = configurations.attention(heads, kv_heads, scene.q.shape[2], invariant)
+        self.config = configurations.attention(
+            "generic", heads, kv_heads, scene.q.shape[2], invariant
+        )
         if span:
             small = configurations.Tile(16, 16, 0, 4, 1)
             self.config = configurations.Attention(

@@ -113,7 +113,7 @@ def test_rows_never_depend_on_their_batch(mxfp4: bool) -> None:
     w13, w2 = (moe.pack(MXFP4(*quantize_mxfp4(w)) if mxfp4 else w) for w in matrices)
     b13, b2 = torch.randn(2, 8, 64, generator=draw)
     ids, weights = moe.route(logits, 3)
-    config = configurations.experts(invariant=True)
+    config = configurations.experts("generic", invariant=True)
 
     def some(first: int, last: int) -> Tensor:
         mine = slice(first, last)
