@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, exact, reference
-from kernels.reference import Put, Rows
+from kernels.reference import Draws, Put, Rows
 
 
 class Plan(Protocol):
@@ -56,6 +56,8 @@ class Ops:
     experts: Callable[
         [Tensor, Tensor, Tensor, Any, Tensor, Any, Tensor | None, int, float, float], Tensor
     ]
+    penalise: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    sample: Callable[[Tensor, Draws], Tensor]
     table: tuple[tuple[str, str, str], ...]  # (op, implementation, why)
 
 
@@ -107,7 +109,7 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
             "slowly, where TRITON_INTERPRET=1 is set); use --kernels auto"
         )
     # Reads TRITON_INTERPRET, and takes a second: not where nobody asked for it.
-    from kernels import attention, configurations, linear, moe, norm, rope
+    from kernels import attention, configurations, linear, moe, norm, rope, sampling
 
     invariant = shapes.batch_invariant
     arch = configurations.family(shapes.arch)
@@ -124,6 +126,8 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
         "route": moe.route,
         "pack": moe.pack,
         "experts": partial(moe.experts, config=experts),
+        "penalise": sampling.penalise,
+        "sample": sampling.sample,
     }
     if invariant:
         own["linear"] = partial(linear.linear, tile=configurations.linear(arch))

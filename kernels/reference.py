@@ -8,6 +8,7 @@ Source of the model's mathematics: the gpt-oss model card, arXiv:2508.10925.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -226,6 +227,119 @@ def experts(
         y = F.linear(h, expert(w2, e, x.dtype), None if b2 is None else b2[e])
         total += torch.where(mine > 0, mine * y.float(), 0)
     return total.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How R rows choose their tokens; on the device but for the last two.
+
+    Order of the filters, as elsewhere: temperature, top-k, then top-p of what is left,
+    renormalised, then min-p. Tokens equal to the last one kept are kept, too, so that ties need no
+    order.
+    """
+
+    temperature: Tensor  # fp32 [R]; 0 is greedy: no filter, no noise
+    top_k: Tensor  # int32 [R]; 0 keeps all
+    top_p: Tensor  # fp32 [R]; 1 keeps all
+    min_p: Tensor  # fp32 [R]: least share of the best token's probability; 0 keeps all
+    keys: Tensor  # int32 [R, 2]: all that the noise depends on besides the token
+    allowed: Tensor | None  # int32 [R, ceil(V / 32)], a bit for each token; None: all
+    drawn: bool  # whether any row is not greedy
+    filtered: bool  # whether any row has a filter
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """logits [R, V] -> token ids int64 [R], the lowest one among equals.
+
+    An argmax over logits / temperature + Gumbel noise (the Gumbel-max trick), whose noise is a pure
+    function of a row's keys and the token: a row's token depends on nothing but the row.
+    """
+    if draws.allowed is not None:
+        bit = torch.arange(logits.shape[1], device=logits.device)
+        held = draws.allowed[:, bit // 32] >> (bit % 32) & 1
+        logits = logits.masked_fill(held == 0, -torch.inf)
+    tokens = logits.argmax(-1)
+    if not draws.drawn:
+        return tokens
+    rows = torch.nonzero(draws.temperature > 0)[:, 0]
+    for part in rows.split(max(1, NOISY // logits.shape[1])):
+        scores = logits[part].float() / draws.temperature[part, None]
+        if draws.filtered:
+            filters = (draws.top_k, draws.top_p, draws.min_p)
+            for row, k, p, least in zip(scores, *(f[part].tolist() for f in filters), strict=True):
+                keep(row, k, p, least)
+        tokens[part] = (scores + gumbel(draws.keys[part], scores.shape[1])).argmax(-1)
+    return tokens
+
+
+NOISY = 1 << 22  # logits that get noise at a time
+NUCLEUS = 1024  # top-p looks at so many tokens first, and sorts the vocabulary where they are few
+
+
+def keep(scores: Tensor, k: int, p: float, least: float) -> None:
+    """Drop (to -inf, in place) of scores [V] what top-k, top-p and min-p do not keep."""
+    if 0 < k < len(scores):
+        scores.masked_fill_(scores < scores.topk(k).values[-1], -torch.inf)
+    if p < 1:
+        probabilities = scores.softmax(-1)
+        ordered = probabilities.topk(min(NUCLEUS, len(probabilities))).values
+        if ordered.cumsum(0)[-1] < p:
+            ordered = probabilities.sort(descending=True).values
+        enough = int((ordered.cumsum(0) < p).sum())
+        last = ordered[min(enough, len(ordered) - 1)]
+        scores.masked_fill_(probabilities < last, -torch.inf)
+    if least > 0:
+        scores.masked_fill_(scores < scores.max() + math.log(least), -torch.inf)
+
+
+def gumbel(keys: Tensor, vocab: int) -> Tensor:
+    """Gumbel noise fp32 [R, V]: row r, token v depend on (keys[r], v) only.
+
+    Token ids are scrambled by MurmurHash3's 32-bit finaliser, once with each half of the key. 31
+    bits give a uniform number whose small values, the ones that let an improbable token win, keep
+    full fp32 resolution.
+    """
+    ids = torch.arange(vocab, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B1)
+    bits = _scramble(_scramble(ids ^ keys[:, :1]) ^ keys[:, 1:])
+    uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
+
+
+def _scramble(h: Tensor) -> Tensor:
+    """int32 arithmetic wraps; a logical shift is an arithmetic one with the sign bits cut off."""
+    h = (h ^ (h >> 16 & 0xFFFF)) * _signed(0x85EBCA6B)
+    h = (h ^ (h >> 13 & 0x7FFFF)) * _signed(0xC2B2AE35)
+    return h ^ (h >> 16 & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def penalise(
+    logits: Tensor,
+    counts: Tensor,
+    lines: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> Tensor:
+    """logits [R, V] -> fp32 [R, V]; row r's tokens are counted in counts[lines[r]].
+
+    ``counts`` int32 [lines, V]: how often a token was generated, plus PROMPT if it is in the
+    prompt. Repetition (arXiv:1909.05858) divides a positive logit of a token seen anywhere, and
+    multiplies a negative one; frequency is taken off for every time that a token was generated,
+    presence once. Penalties are fp32 [R].
+    """
+    seen = counts[lines]
+    generated = seen & (PROMPT - 1)
+    logits = logits.float()
+    factor = torch.where(seen > 0, repetition[:, None], 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    return logits - frequency[:, None] * generated - presence[:, None] * (generated > 0)
+
+
+PROMPT = 1 << 24  # in a count: the prompt has the token
 
 
 def expert(w: Tensor | MXFP4, e: int, dtype: torch.dtype) -> Tensor:

@@ -136,7 +136,15 @@ def test_a_tokens_logits_never_depend_on_its_company(mxfp4: bool, tmp_path: Path
 @pytest.fixture
 def requests() -> list[Request]:
     return [
-        greedy(f"r{i}", prompt, 25, temperature=0.8 * (i % 2), seed=i, top_k=20 * (i % 3))
+        greedy(
+            f"r{i}",
+            prompt,
+            25,
+            temperature=0.8 * (i % 2),
+            seed=i,
+            top_k=20 * (i % 3),
+            **(PENALTIES if i % 4 == 3 else {}),
+        )
         for i, prompt in enumerate(prompts(12, longest=45))
     ]
 

@@ -11,18 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workers.sampler import Sampler, gumbel, keep_top_k, keep_top_p, noise_key
+from kernels import reference
+from kernels.dispatch import Shapes, choose
+from kernels.reference import gumbel, keep
+from workers.sampler import Sampler, noise_key
 from workers.wire import Join, Sampling
 
 VOCABULARY = 50
+OPS = choose("reference", torch.device("cpu"), Shapes(torch.float32, 8, 2, 16))
 
 
 def sampler(*samplings: dict[str, Any], eos: tuple[int, ...] = ()) -> Sampler:
-    """Slot i samples as the i-th says; prompts have 10 tokens."""
-    made = Sampler(max(8, len(samplings)), eos)
+    """Slot i samples as the i-th says; prompts have 10 tokens, or those given with it."""
+    made = Sampler(max(8, len(samplings)), eos, OPS)
     for slot, how in enumerate(samplings):
-        choice = how.pop("choice", 0)
-        made.join(Join(slot, Sampling(**({"max_tokens": 99} | how)), choice, 10))
+        choice, known = how.pop("choice", 0), how.pop("known", [])
+        made.join(Join(slot, Sampling(**({"max_tokens": 99} | how)), choice, 10, known))
     return made
 
 
@@ -42,8 +46,7 @@ def test_filters_keep_what_the_definition_keeps(seed: int, k: int, p: float) -> 
     scores = logits(1, seed)[0]
     ordered = sorted(range(VOCABULARY), key=lambda token: -float(scores[token]))
     cut = scores.clone()
-    if k < VOCABULARY:
-        keep_top_k(cut, k)
+    keep(cut, k, 1.0, 0.0)
     assert set(torch.isfinite(cut).nonzero().flatten().tolist()) == set(ordered[:k])
     probabilities = scores.double().softmax(0)
     kept, total = [], 0.0
@@ -53,7 +56,7 @@ def test_filters_keep_what_the_definition_keeps(seed: int, k: int, p: float) -> 
         if total >= p:
             break
     cut = scores.clone()
-    keep_top_p(cut, p)
+    keep(cut, 0, p, 0.0)
     ours = set(torch.isfinite(cut).nonzero().flatten().tolist())
     # Where the sum comes within rounding of p, one token more or less is as right.
     assert ours == set(kept) or (len(ours ^ set(kept)) == 1 and abs(total - p) < 0.02)
@@ -61,7 +64,7 @@ def test_filters_keep_what_the_definition_keeps(seed: int, k: int, p: float) -> 
 
 def test_ties_are_kept_together() -> None:
     scores = torch.tensor([1.0, 3.0, 3.0, 0.0])
-    keep_top_k(scores, 1)
+    keep(scores, 1, 1.0, 0.0)
     assert torch.isfinite(scores).tolist() == [False, True, True, False]
 
 
@@ -77,7 +80,15 @@ def test_greedy_and_its_equivalents() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}]
+    "how",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"top_k": 20, "top_p": 0.9},
+        {"min_p": 0.1},
+    ],
 )
 def test_frequencies(how: dict[str, Any]) -> None:
     """Chi-square over 4,000 positions; the statistic's 99.9 % quantile is not passed."""
@@ -87,10 +98,7 @@ def test_frequencies(how: dict[str, Any]) -> None:
     positions = np.arange(10, 10 + count)
     tokens = made(row.repeat(count, 1), slots, positions).numpy()
     scores = row / how.get("temperature", 1.0)
-    if "top_k" in how:
-        keep_top_k(scores, how["top_k"])
-    if "top_p" in how:
-        keep_top_p(scores, how["top_p"])
+    keep(scores, how.get("top_k", 0), how.get("top_p", 1.0), how.get("min_p", 0.0))
     expected = scores.softmax(0).double().numpy() * count
     observed = np.bincount(tokens, minlength=VOCABULARY)
     assert observed[expected == 0].sum() == 0
@@ -133,7 +141,7 @@ def test_noise_differs_where_it_should() -> None:
         ],
         np.uint64,
     )
-    noise = gumbel(keys, 20_000, torch.device("cpu"))
+    noise = gumbel(torch.from_numpy(keys.view(np.int32).reshape(-1, 2)), 20_000)
     assert torch.isfinite(noise).all()
     # Of a Gumbel distribution: mean 0.5772, variance pi^2 / 6.
     assert noise.mean(1).sub(0.5772).abs().max() < 0.04
@@ -153,3 +161,65 @@ def test_min_tokens_bans_what_would_end_the_answer() -> None:
     made = sampler(*hows, eos=(3,))
     assert draw(made, rows, [11, 11, 11]) == [4, 5, 3]
     assert draw(made, rows, [12, 12, 12]) == [3, 3, 3]
+
+
+def test_min_p_keeps_a_share_of_the_best() -> None:
+    scores = torch.tensor([0.5, 0.3, 0.06, 0.04, 0.1]).log()
+    keep(scores, 0, 1.0, 0.11)
+    assert torch.isfinite(scores).tolist() == [True, True, True, False, True]
+
+
+def test_bias() -> None:
+    rows = logits(2)
+    worst = int(rows[1].argmin())
+    hows: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logit_bias": {worst: 100.0, 3: -100.0}},
+    ]
+    assert draw(sampler(*hows), rows) == [int(rows[0].argmax()), worst]
+    assert draw(sampler({"temperature": 0.0}), rows[1:]) == [int(rows[1].argmax())]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    known=st.lists(st.integers(0, VOCABULARY - 1), min_size=10, max_size=30),
+    repetition=st.sampled_from([1.0, 1.3, 0.7]),
+    frequency=st.sampled_from([0.0, 0.8, -0.5]),
+    presence=st.sampled_from([0.0, 1.5]),
+)
+def test_penalties(known: list[int], repetition: float, frequency: float, presence: float) -> None:
+    """Token by token against the definition: repetition counts the prompt (10 tokens), the others
+    what was generated; beside a row without penalties, and again after a preemption."""
+    how: dict[str, Any] = {
+        "temperature": 0.0,
+        "repetition_penalty": repetition,
+        "frequency_penalty": frequency,
+        "presence_penalty": presence,
+    }
+    made = sampler({"temperature": 0.0}, {**how, "known": list(known)})
+    for step in range(4):
+        rows = logits(2, step)
+        expected = rows[1].double().numpy().copy()
+        for token in range(VOCABULARY):
+            generated = known[10:].count(token)
+            if token in known:
+                expected[token] *= repetition if expected[token] <= 0 else 1 / repetition
+            expected[token] -= frequency * generated + presence * (generated > 0)
+        plain, ours = draw(made, rows)
+        assert plain == int(rows[0].argmax())
+        assert expected[ours] >= expected.max() - 1e-5
+        known.append(ours)
+        if step == 2:
+            made = sampler({"temperature": 0.0}, {**how, "known": list(known)})
+
+
+def test_what_a_mask_does_not_allow_is_not_chosen() -> None:
+    rows = logits(3)
+    allowed = torch.zeros(3, 2, dtype=torch.int32)
+    allowed[0, 0], allowed[1, 1], allowed[2] = 1 << 7, 1 << 9, -1
+    columns = torch.tensor([0.0, 1.0, 0.0])
+    draws = reference.Draws(
+        columns, torch.zeros(3).int(), columns * 0 + 1, columns * 0, torch.zeros(3, 2).int(),
+        allowed, True, False,
+    )  # fmt: skip
+    assert reference.sample(rows, draws).tolist() == [7, 41, int(rows[2].argmax())]

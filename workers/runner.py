@@ -71,7 +71,7 @@ class Runner:
         self._model, self._cache, self._device = model, cache, device
         self._group, self._layout, self._config = place.group, place.layout, config
         slots = config.max_num_seqs
-        self._sampler = Sampler(slots, config.eos_token_ids)
+        self._sampler = Sampler(slots, config.eos_token_ids, model.ops, device.send)
         self._joined = np.zeros(slots, bool)
         pages = -(-config.max_model_len // cache.config.block_size)
         tables = torch.zeros(len(cache.config.groups), slots, pages, dtype=torch.int32)

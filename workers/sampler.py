@@ -1,96 +1,145 @@
 """Chooses the next token of every sampling row.
 
-Sampling is an argmax over logits / temperature + Gumbel noise (the Gumbel-max trick), and the noise
-of a token is a pure function of (seed, choice, position, token id). So a row's token depends on
-nothing else: not on the batch, the step, the process, or on what was computed before.
-
-Order of the filters, as elsewhere: temperature, top-k, then top-p of what is left, renormalised.
-Tokens equal to the last one kept are kept, too, so that ties need no order.
+A row's token depends on its logits, its sampling parameters, and on (seed, choice, position): not
+on the batch, the step, the process, or on what was computed before. Penalties depend on the tokens
+seen so far, which are counted on the device; a sequence that comes back brings them along.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Ops
+from kernels.reference import PROMPT, Draws
 from workers.wire import Join
 
-_NUCLEUS = 1024  # top-p looks at so many tokens first, and sorts the vocabulary where they are few
-_CHUNK = 1 << 22  # logits that get noise at a time
+Ints = npt.NDArray[np.int64]
+
+TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)  # rows of Sampler._floats
 
 
 class Sampler:
-    """Sampling parameters by slot, and the choice itself."""
+    """Sampling parameters by slot, and the choice itself. ``send`` takes a host tensor to where the
+    logits are; nothing waits for the device."""
 
-    def __init__(self, max_num_seqs: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._eos = eos_token_ids
-        self._temperature = np.zeros(max_num_seqs, np.float32)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.ones(max_num_seqs, np.float32)
+    def __init__(
+        self,
+        max_num_seqs: int,
+        eos_token_ids: tuple[int, ...],
+        ops: Ops,
+        send: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self._eos, self._ops, self._send = eos_token_ids, ops, send
+        self._floats = np.zeros((6, max_num_seqs), np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int32)
         self._key = np.zeros(max_num_seqs, np.uint64)  # of (seed, choice)
         self._first_stop = np.zeros(max_num_seqs, np.int64)  # stop ids are banned below it
         self._stops: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._filtered = np.zeros(max_num_seqs, bool)
+        self._penalised = np.zeros(max_num_seqs, bool)
+        self._bias: dict[int, dict[int, float]] = {}
+        self._known: dict[int, tuple[int, list[int]]] = {}  # to be counted: prompt tokens, all
+        self._counts: Tensor | None = None  # see kernels.reference.penalise; once it is needed
 
     def join(self, join: Join) -> None:
         """A sequence enters a slot."""
         slot, sampling = join.slot, join.sampling
-        self._temperature[slot] = sampling.temperature
+        self._floats[:, slot] = (
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+        )
         self._top_k[slot] = sampling.top_k
-        self._top_p[slot] = sampling.top_p
         self._key[slot] = noise_key(sampling.seed, join.choice)
         self._first_stop[slot] = join.prompt_tokens + sampling.min_tokens
         eos = () if sampling.ignore_eos else self._eos
         self._stops[slot] = sorted({*eos, *sampling.stop_token_ids})
+        self._filtered[slot] = bool(sampling.top_k or sampling.min_p) or sampling.top_p < 1
+        self._penalised[slot] = sampling.penalised
+        self._bias.pop(slot, None)
+        self._known.pop(slot, None)
+        if sampling.logit_bias:
+            self._bias[slot] = sampling.logit_bias
+        if sampling.penalised:
+            self._known[slot] = (join.prompt_tokens, join.tokens)
 
-    def __call__(
-        self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> Tensor:
-        """Token ids int64 [R] for logits [R, V] (may be written to).
+    def __call__(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
+        """Token ids int64 [R] for logits [R, V].
 
         ``positions`` are those of the tokens being chosen, counted from the prompt's first token.
         """
-        for row in np.flatnonzero(positions < self._first_stop[slots]).tolist():
-            banned = [i for i in self._stops[slots[row]] if i < logits.shape[1]]
-            logits[row, banned] = -torch.inf
-        tokens = logits.argmax(-1)
-        drawn = np.flatnonzero(self._temperature[slots] > 0)
-        per_chunk = max(1, _CHUNK // logits.shape[1])
-        for at in range(0, len(drawn), per_chunk):
-            rows = drawn[at : at + per_chunk]
-            index = torch.from_numpy(rows).to(logits.device)
-            tokens[index] = self._draw(logits[index].float(), slots[rows], positions[rows])
+        floats = self._floats[:, slots]
+        keys = _mix64(self._key[slots] + positions.astype(np.uint64)).view(np.int32).reshape(-1, 2)
+        columns = np.concatenate((floats.view(np.int32), self._top_k[None, slots], keys.T))
+        on_device = self._send(torch.from_numpy(columns))
+        values = on_device[:6].view(torch.float32)
+        logits = self._adjusted(logits, slots, positions)
+        penalised = np.flatnonzero(self._penalised[slots])
+        lines = None
+        if len(penalised):
+            counts = self._count_known(logits)
+            lines = self._send(torch.from_numpy(slots))
+            logits = self._ops.penalise(logits, counts, lines, *values[REPETITION:])
+        drawn = floats[TEMPERATURE] > 0
+        tokens = self._ops.sample(
+            logits,
+            Draws(
+                temperature=values[TEMPERATURE],
+                top_k=on_device[6],
+                top_p=values[TOP_P],
+                min_p=values[MIN_P],
+                keys=on_device[7:].T.contiguous(),
+                allowed=None,
+                drawn=bool(drawn.any()),
+                filtered=bool((drawn & self._filtered[slots]).any()),
+            ),
+        )
+        if lines is not None and self._counts is not None:
+            # Lines of slots without penalties count for nothing.
+            at = lines * self._counts.shape[1] + tokens
+            self._counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
         return tokens
 
-    def _draw(
-        self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> Tensor:
-        temperature = torch.from_numpy(self._temperature[slots]).to(logits.device)
-        scores = logits / temperature[:, None]
-        for row, (k, p) in enumerate(zip(self._top_k[slots], self._top_p[slots], strict=True)):
-            if 0 < k < scores.shape[1]:
-                keep_top_k(scores[row], int(k))
-            if p < 1:
-                keep_top_p(scores[row], float(p))
-        keys = _mix64(self._key[slots] + positions.astype(np.uint64))
-        return (scores + gumbel(keys, scores.shape[1], scores.device)).argmax(-1)
+    def _adjusted(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
+        """Logits with the requests' biases, and without what may not end an answer yet."""
+        vocabulary = logits.shape[1]
+        at: list[int] = []
+        by: list[float] = []
+        for row in np.flatnonzero([slot in self._bias for slot in slots.tolist()]).tolist():
+            for token, bias in self._bias[slots[row]].items():
+                at.append(row * vocabulary + token)
+                by.append(bias)
+        for row in np.flatnonzero(positions < self._first_stop[slots]).tolist():
+            banned = [i for i in self._stops[slots[row]] if i < vocabulary]
+            at += [row * vocabulary + token for token in banned]
+            by += [-np.inf] * len(banned)
+        if not at:
+            return logits
+        adjusted = logits.float().contiguous() if logits.dtype != torch.float32 else logits.clone()
+        index = self._send(torch.tensor(at))
+        adjusted.view(-1).index_add_(0, index, self._send(torch.tensor(by, dtype=torch.float32)))
+        return adjusted
 
-
-def keep_top_k(scores: Tensor, k: int) -> None:
-    """Drop (to -inf, in place) all of scores [V] below the k-th largest."""
-    scores.masked_fill_(scores < scores.topk(k).values[-1], -torch.inf)
-
-
-def keep_top_p(scores: Tensor, p: float) -> None:
-    """Drop all below the last of the fewest, most probable tokens that together reach ``p``."""
-    probabilities = scores.softmax(-1)
-    ordered = probabilities.topk(min(_NUCLEUS, len(probabilities))).values
-    if ordered.cumsum(0)[-1] < p:
-        ordered = probabilities.sort(descending=True).values
-    enough = int((ordered.cumsum(0) < p).sum())
-    last = ordered[min(enough, len(ordered) - 1)]
-    scores.masked_fill_(probabilities < last, -torch.inf)
+    def _count_known(self, logits: Tensor) -> Tensor:
+        """Counts of all slots, with the tokens that sequences brought along."""
+        vocabulary = logits.shape[1]
+        if self._counts is None:
+            shape = (len(self._top_k), vocabulary)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=logits.device)
+        for slot, (prompt, tokens) in self._known.items():
+            counts = np.bincount(tokens[prompt:], minlength=vocabulary)
+            counts[tokens[:prompt]] += PROMPT
+            self._counts[slot] = self._send(torch.from_numpy(counts.astype(np.int32)))
+        self._known.clear()
+        return self._counts
 
 
 def noise_key(seed: int, choice: int) -> np.uint64:
@@ -106,28 +155,3 @@ def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def gumbel(keys: npt.NDArray[np.uint64], vocab: int, device: torch.device) -> Tensor:
-    """Gumbel noise fp32 [R, V]: row r, token v depend on (keys[r], v) only.
-
-    Token ids are scrambled by MurmurHash3's 32-bit finaliser, once with each half of the key. 31
-    bits give a uniform number whose small values, the ones that let an improbable token win, keep
-    full fp32 resolution.
-    """
-    halves = torch.from_numpy(keys.view(np.int32).reshape(-1, 2)).to(device)
-    ids = torch.arange(vocab, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
-    bits = _scramble(_scramble(ids ^ halves[:, :1]) ^ halves[:, 1:])
-    uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
-
-
-def _scramble(h: Tensor) -> Tensor:
-    """int32 arithmetic wraps; a logical shift is an arithmetic one with the sign bits cut off."""
-    h = (h ^ (h >> 16 & 0xFFFF)) * _signed(0x85EBCA6B)
-    h = (h ^ (h >> 13 & 0x7FFFF)) * _signed(0xC2B2AE35)
-    return h ^ (h >> 16 & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word

@@ -241,7 +241,8 @@ class Scheduler:
             self._seat(seq)
             self._columns[POSITION, seq.slot] = start
             insort(self._prefilling, seq, key=_ORDER)
-            self._joins.append(Join(seq.slot, seq.sampling, seq.choice, seq.prompt))
+            tokens = seq.tokens[:] if seq.sampling.penalised else []
+            self._joins.append(Join(seq.slot, seq.sampling, seq.choice, seq.prompt, tokens))
             for group, blocks in enumerate(table.blocks):
                 if blocks:
                     first = table.end - len(blocks)

@@ -61,8 +61,8 @@ class Sequence:
     def refusal(self, config: SchedulerConfig, pool: BlockPool) -> str | None:
         """Why this can never be served, with the numbers; None if it can."""
         max_tokens = self.sampling.max_tokens
-        if names := self.sampling.unavailable():
-            return f"not available yet: {', '.join(names)}"
+        if self.sampling.logprobs is not None:
+            return "logprobs are not available yet"
         if not self.prompt or max_tokens < 1:
             return f"needs a prompt and max_tokens >= 1, got {self.prompt} tokens and {max_tokens}"
         if self.prompt >= config.max_model_len:

@@ -28,28 +28,18 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    # On the wire from the first day, refused by name until the OpenAI surface is complete.
-    min_p: float = 0.0
+    min_p: float = 0.0  # least share of the best token's probability
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    logprobs: int | None = None
+    logit_bias: dict[int, float] = {}  # added to the logits of these tokens
+    logprobs: int | None = None  # refused until the OpenAI surface is complete
 
-    def unavailable(self) -> list[str]:
-        """Names of the fields that are set but not served yet."""
-        return [
-            name
-            for name, neutral in (
-                ("min_p", 0.0),
-                ("presence_penalty", 0.0),
-                ("frequency_penalty", 0.0),
-                ("repetition_penalty", 1.0),
-                ("logit_bias", {}),
-                ("logprobs", None),
-            )
-            if getattr(self, name) != neutral
-        ]
+    @property
+    def penalised(self) -> bool:
+        """Whether the next token depends on how often others came before."""
+        neutral = (0.0, 0.0, 1.0)
+        return neutral != (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -148,6 +138,7 @@ class Join(msgspec.Struct, array_like=True, gc=False):
     sampling: Sampling
     choice: int
     prompt_tokens: int  # positions below this are the prompt
+    tokens: list[int] = []  # all that are known, where penalties ask for them
 
 
 class Table(msgspec.Struct, array_like=True, gc=False):

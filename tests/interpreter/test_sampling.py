@@ -1,0 +1,138 @@
+"""Sampling under Triton's interpreter: noise to the bit, filters and penalties as the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import reference, sampling
+from kernels.reference import PROMPT, Draws
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _noise(keys_ptr, bits_ptr, noise_ptr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    v = tl.arange(0, COLUMNS)
+    low = tl.load(keys_ptr + 2 * row).to(tl.uint32, bitcast=True)
+    high = tl.load(keys_ptr + 2 * row + 1).to(tl.uint32, bitcast=True)
+    bits = sampling._bits(low, high, v)
+    tl.store(bits_ptr + row * COLUMNS + v, bits.to(tl.int32, bitcast=True))
+    tl.store(noise_ptr + row * COLUMNS + v, sampling._gumbel(bits))
+
+
+def keys(rows: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, (rows, 2), generator=draw).int()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_noise_has_the_same_integers_and_nearly_the_same_floats() -> None:
+    """Floats within 2 units in the last place (of 1 where the noise is smaller) of the CPU's, and
+    3 of the truth: numpy's logarithm is not exact either."""
+    rows, columns = 4, 8192
+    given_keys = keys(rows)
+    bits, noise = torch.empty(rows, columns, dtype=torch.int32), torch.empty(rows, columns)
+    _noise[(rows,)](given_keys, bits, noise, COLUMNS=columns)
+    words = given_keys.numpy().view(np.uint32)
+
+    def scramble(h: Any) -> Any:
+        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        return h ^ (h >> np.uint32(16))
+
+    ids = np.arange(columns, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    expected = scramble(scramble(ids ^ words[:, :1]) ^ words[:, 1:])
+    assert np.array_equal(bits.numpy().view(np.uint32), expected)
+    uniform = (expected & np.uint32(0x7FFFFFFF)).astype(np.float32) + np.float32(0.5)
+    uniform = np.minimum(uniform * np.float32(2**-31), np.float32(1 - 2**-24))
+    exact = -np.log(-np.log1p(-uniform.astype(np.float64)))
+    unit = np.spacing(np.maximum(np.abs(exact), 1).astype(np.float32))
+    assert (np.abs(noise.numpy() - exact) <= 3 * unit).all()
+    cpu = reference.gumbel(given_keys, columns).numpy()
+    assert (np.abs(noise.numpy() - cpu) <= 2 * unit).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 1000),
+    vocab=st.sampled_from([1, 17, 63, 1100]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.5, 1.0]),
+            st.sampled_from([0, 1, 5, 2000]),
+            st.sampled_from([1.0, 0.9, 0.3]),
+            st.sampled_from([0.0, 0.2]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    masked=st.booleans(),
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_sample(
+    seed: int,
+    vocab: int,
+    dtype: torch.dtype,
+    rows: list[tuple[float, int, float, float]],
+    masked: bool,
+) -> None:
+    """bf16 logits have many ties, which filters keep and the argmax settles by id."""
+    draw = torch.Generator().manual_seed(seed)
+    # A row longer than the vocabulary, as a gathered head leaves it.
+    logits = (torch.randn(len(rows), vocab + 3, generator=draw) * 3).to(dtype)[:, :vocab]
+    temperature, top_k, top_p, min_p = (torch.tensor(column) for column in zip(*rows, strict=True))
+    allowed = None
+    if masked:
+        words = -(-vocab // 32)
+        allowed = torch.randint(-(2**31), 2**31, (len(rows), words), generator=draw).int()
+        allowed[:, 0] |= 1
+    draws = Draws(
+        temperature,
+        top_k.int(),
+        top_p,
+        min_p,
+        keys(len(rows), seed),
+        allowed,
+        bool((temperature > 0).any()),
+        True,
+    )
+    ours = sampling.sample(logits, draws)
+    assert torch.equal(ours, reference.sample(logits, draws))
+    for row in range(len(rows)):
+        one = slice(row, row + 1)
+        alone = Draws(
+            temperature[one],
+            top_k[one].int(),
+            top_p[one],
+            min_p[one],
+            draws.keys[one],
+            None if allowed is None else allowed[one],
+            draws.drawn,
+            True,
+        )
+        assert sampling.sample(logits[one], alone).item() == ours[row]
+
+
+def test_penalise() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 1500, generator=draw).bfloat16()
+    counts = torch.randint(0, 3, (5, 1500), generator=draw).int()
+    counts += torch.randint(0, 2, (5, 1500), generator=draw).int() * PROMPT
+    rest = (
+        torch.tensor([4, 0, 2]),
+        torch.tensor([1.0, 1.5, 0.5]),
+        torch.tensor([0.0, 0.3, -1.0]),
+        torch.tensor([0.0, 2.0, 0.1]),
+    )
+    ours = sampling.penalise(logits, counts, *rest)
+    torch.testing.assert_close(ours, reference.penalise(logits, counts, *rest))
+    assert torch.equal(ours[0], logits[0].float())
