@@ -90,6 +90,7 @@ class Rank:
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         self._dtype = _DTYPES[spec.dtype]
+        self._kv_dtype = torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else self._dtype
         if not cuda:
             _keep_freed_memory()
         self._place: Place | None = None
@@ -115,6 +116,7 @@ class Rank:
             arch.head_dim,
             self._spec.batch_invariant,
             _capability(self._device),
+            self._kv_dtype,
         )
         ops = choose(self._spec.kernels, self._device, shapes)
         group = Group(self._layout.rank, self._layout.tp)
@@ -142,9 +144,9 @@ class Rank:
             threads=torch.get_num_threads(),
             weight_bytes=_held(model),
             free_bytes=self._free(),
-            kv_dtype_bytes=self._dtype.itemsize,
+            kv_dtype_bytes=self._kv_dtype.itemsize,
             seconds=time.monotonic() - began,
-            notes=[*notes, *_kernels(ops)],
+            notes=[*notes, self._form_of_kv(), *_kernels(ops)],
         )
 
     def _form_of_experts(self, model: Decoder) -> tuple[bool, list[str]]:
@@ -160,6 +162,21 @@ class Rank:
             return True, [f"experts are dequantised at load: {sizes}"]
         return False, [f"experts stay packed and are dequantised on every use, slower ({sizes})"]
 
+    def _form_of_kv(self) -> str:
+        """A line that says what the KV cache is made of and what a token costs in it."""
+        first, last = self._layout.heads(self.architecture.num_kv_heads)
+        elements = 2 * self.architecture.num_layers * (last - first) * self.architecture.head_dim
+        line = (
+            f"KV cache in {str(self._kv_dtype)[6:]}: {elements * self._kv_dtype.itemsize:,} bytes "
+            "per token on each rank, over all layers"
+        )
+        if self._kv_dtype == self._dtype:
+            return line
+        return (
+            f"{line}, instead of {elements * self._dtype.itemsize:,} in {str(self._dtype)[6:]}; "
+            "no scales, values beyond 448 saturate"
+        )
+
     def _free(self) -> int:
         """Bytes this rank may still take; ranks on CPU are taken to share one node."""
         if self._device.type == "cuda":
@@ -173,13 +190,13 @@ class Rank:
             self.architecture,
             self._spec,
             default_kv_bytes(free, self._spec, cuda),
-            self._dtype.itemsize,
+            self._kv_dtype.itemsize,
             default_batched_tokens(self._spec, cuda),
         )
 
     def scheduler(self, plan: Capacity) -> Scheduler:
         """Rank 0's."""
-        return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._dtype))
+        return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._kv_dtype))
 
     def allocate(self, plan: Capacity) -> Runner:
         """Take the KV cache's memory."""
@@ -187,7 +204,7 @@ class Rank:
         assert self._place is not None, "load first"
         first, last = self._layout.heads(self.architecture.num_kv_heads)
         cache = KVCache(
-            plan.kv, last - first, self.architecture.head_dim, self._dtype, self._device
+            plan.kv, last - first, self.architecture.head_dim, self._kv_dtype, self._device
         )
         return Runner(self._model, cache, plan.scheduler, self._place)
 
