@@ -195,7 +195,7 @@ def test_freed_blocks_are_never_read(tiny: Path, requests: list[Request], kv: st
 def test_an_fp8_cache_holds_twice_the_tokens(tiny: Path) -> None:
     """And its pages are never taken for those of another dtype."""
     half, fp8 = (
-        Engine(tiny, dtype="bfloat16", kv_cache_dtype=kv, kv_cache_memory=50_000, block_size=4)
+        Engine(tiny, dtype="bfloat16", kv_cache_dtype=kv, kv_cache_memory=48 << 10, block_size=4)
         for kv in ("auto", "fp8")
     )
     assert fp8.plan.kv.groups[0].block_bytes * 2 == half.plan.kv.groups[0].block_bytes
