@@ -125,7 +125,10 @@ class Rank:
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
         plan = weights.plan(model, self._directory, unused)
         if store is not None:
-            group.join(store, self._device)
+            most = arch.hidden_size * default_batched_tokens(
+                self._spec, self._device.type == "cuda"
+            )
+            group.join(store, self._device, most, self._dtype, self._spec.batch_invariant)
         dequantise, notes = self._form_of_experts(model)
         done = 0
 
@@ -193,6 +196,11 @@ class Rank:
             self._kv_dtype.itemsize,
             default_batched_tokens(self._spec, cuda),
         )
+
+    def abort(self) -> None:
+        """Let no collective hold this process; nothing runs here afterwards."""
+        if self._place is not None:
+            self._place.group.abort()
 
     def scheduler(self, plan: Capacity) -> Scheduler:
         """Rank 0's."""
