@@ -13,7 +13,6 @@ from torch import Tensor
 
 DEADLINE = timedelta(seconds=120)  # of every collective
 SMALL = 1 << 18  # bytes up to which ranks read each other's memory; not tuned on a device
-ORDERED = (2, 4, 8)  # ranks for which torch's one-shot sum runs from the first rank to the last
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +20,9 @@ log = logging.getLogger(__name__)
 class Symmetric:
     """Sums of few elements: every rank reads all ranks' copies in one kernel, over NVLink.
 
-    Made of torch.distributed._symmetric_memory. For ORDERED ranks its kernel adds from the first
-    rank to the last on every rank, so that all have the same bits; for other numbers each rank
-    starts from itself. Nothing here waits for the device, so it can be
+    Made of torch.distributed._symmetric_memory. By torch's source the kernel adds from the
+    first rank to the last on every rank, rounding each time, so that all have the same bits.
+    Nothing here waits for the device, so it can be
     captured in a CUDA graph. No GPU has run it.
     """
 
@@ -51,22 +50,18 @@ class Symmetric:
         return total
 
 
-def symmetric(
-    make: Callable[[], Symmetric], size: int, agree: Callable[[bool], bool]
-) -> Symmetric | None:
+def symmetric(make: Callable[[], Symmetric], agree: Callable[[bool], bool]) -> Symmetric | None:
     """``make()`` if it works on every rank, else None on every rank, said in one line of the log.
 
-    ``agree`` tells a rank whether all ranks were given True. It is asked twice: whether to try,
-    since ``make`` waits for all, and whether all could.
+    ``make`` is called by all at once; ``agree`` tells a rank whether all ranks were given True.
     """
-    made, why = None, f"not for {size} ranks, only for {ORDERED}"
-    if agree(size in ORDERED):
-        try:
-            made, why = make(), "another rank could not"
-        except Exception as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-        if agree(made is not None):
-            return made
+    made, why = None, "another rank could not"
+    try:
+        made = make()
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+    if agree(made is not None):
+        return made
     log.warning("small sums over the ranks go through NCCL, not symmetric memory: %s", why)
     return None
 
@@ -115,7 +110,7 @@ class Group:
                 return bool(flag.item())
 
             size = min(SMALL, most * dtype.itemsize)
-            self._symmetric = symmetric(lambda: Symmetric(size, dtype, device), self.size, agree)
+            self._symmetric = symmetric(lambda: Symmetric(size, dtype, device), agree)
 
     def leave(self) -> None:
         if self.size > 1:
