@@ -77,6 +77,13 @@ Memory = Annotated[
         "most 1 GiB on CPU; on CUDA what --gpu-memory-utilization leaves.",
     ),
 ]
+KVDType = Annotated[
+    str,
+    typer.Option(
+        help="auto (as --dtype) or fp8: e4m3 without scales, half of bfloat16's bytes; values "
+        "beyond 448 saturate."
+    ),
+]
 Length = Annotated[
     int | None,
     typer.Option(
@@ -139,7 +146,7 @@ def serve(
     kernels: Kernels = "auto",
     batch_invariant: Invariant = False,
     kv_cache_memory: Memory = "",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto; others not yet.")] = "auto",
+    kv_cache_dtype: KVDType = "auto",
     gpu_memory_utilization: Annotated[
         float,
         typer.Option(
@@ -175,7 +182,6 @@ def serve(
         autoscale=autoscale,
         config=config,
         api_key_file=api_key_file,
-        kv_cache_dtype=kv_cache_dtype != "auto",
     )
     if os.environ.get("MOERAY_API_KEY"):
         fail("MOERAY_API_KEY is set, but API keys are not available yet; unset it to serve openly")
@@ -189,6 +195,7 @@ def serve(
         kernels=kernels,
         batch_invariant=batch_invariant,
         kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -235,6 +242,7 @@ def generate(
     kernels: Kernels = "auto",
     batch_invariant: Invariant = False,
     kv_cache_memory: Memory = "",
+    kv_cache_dtype: KVDType = "auto",
     max_model_len: Length = None,
     block_size: Blocks = 16,
 ) -> None:
@@ -253,6 +261,7 @@ def generate(
         kernels=kernels,
         batch_invariant=batch_invariant,
         kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         block_size=block_size,
     )

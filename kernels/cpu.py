@@ -96,15 +96,16 @@ def paged_attention(
 ) -> Tensor:
     """Flash attention without the sink, then its share taken off: sum_j exp(a_j) of the weights'
     denominator is known from the kernel's log-sum-exp, so weights scale by
-    exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink)."""
+    exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink). Of an fp8 cache only what is gathered
+    is widened."""
     tokens, heads, size = q.shape
     kv = k_cache.shape[1]
     group = heads // kv
     out = torch.empty_like(q)
     for work in plan.work:
         batch, queries, length = work.shape
-        k = k_cache.index_select(0, work.keys).view(batch, length, kv, size)
-        v = v_cache.index_select(0, work.keys).view(batch, length, kv, size)
+        k = k_cache.index_select(0, work.keys).to(q.dtype).view(batch, length, kv, size)
+        v = v_cache.index_select(0, work.keys).to(q.dtype).view(batch, length, kv, size)
         rows = q[work.rows]
         # The kernel wants as many KV heads as query heads: a group's queries share one KV head
         # either as its queries (decode) or by a stride of 0 (prefill).

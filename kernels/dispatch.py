@@ -37,6 +37,7 @@ class Shapes:
     head_dim: int
     batch_invariant: bool = False
     arch: int = 0  # of the GPU: 90 is sm_90; 0 where there is none
+    kv_dtype: torch.dtype | None = None  # of the KV cache; None: as activations; or fp8 (e4m3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,11 @@ def choose(kernels: str, device: torch.device, shapes: Shapes) -> Ops:
     Raises ValueError for a combination that does not exist, with what to choose instead.
     """
     kind = device.type
+    if shapes.kv_dtype not in (None, shapes.dtype, torch.float8_e4m3fn):
+        raise ValueError(
+            f"no kernel has a KV cache in {shapes.kv_dtype} beside {shapes.dtype}; it can have "
+            f"{shapes.dtype} or {torch.float8_e4m3fn}"
+        )
     if kernels == "cpu" and kind != "cpu":
         raise ValueError(f"--kernels cpu cannot run on {kind}; use --kernels auto")
     if kernels == "reference":
@@ -107,6 +113,11 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
         raise ValueError(
             "--kernels triton needs a CUDA device (on a CPU, Triton's interpreter runs them, "
             "slowly, where TRITON_INTERPRET=1 is set); use --kernels auto"
+        )
+    if shapes.kv_dtype == torch.float8_e4m3fn and 0 < shapes.arch < 89:
+        raise ValueError(
+            f"--kv-cache-dtype fp8 needs sm_89 or newer, this GPU is sm_{shapes.arch}; use "
+            "--kv-cache-dtype auto"
         )
     # Reads TRITON_INTERPRET, and takes a second: not where nobody asked for it.
     from kernels import attention, configurations, linear, moe, norm, rope, sampling

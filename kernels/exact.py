@@ -105,8 +105,10 @@ def paged_attention(
     total = torch.zeros_like(q)
     for tile in plan.key_tiles:
         n = tile.active
-        k = k_cache.index_select(0, tile.slots).view(n, KEYS, kv, size).permute(0, 2, 3, 1)
-        v = v_cache.index_select(0, tile.slots).view(n, KEYS, kv, size).transpose(1, 2)
+        k = k_cache.index_select(0, tile.slots).to(q.dtype)
+        k = k.view(n, KEYS, kv, size).permute(0, 2, 3, 1)
+        v = v_cache.index_select(0, tile.slots).to(q.dtype)
+        v = v.view(n, KEYS, kv, size).transpose(1, 2)
         scores = _products(q[:n], k) * scale
         scores = scores.view(n, kv, ROWS, group, KEYS).masked_fill(~tile.visible, -torch.inf)
         scores = scores.view(n, kv, ROWS * group, KEYS)

@@ -160,6 +160,8 @@ def paged_attention(
 ) -> Tensor:
     """Attention with a sink per head: q [T, H, d], caches [S, KV, d], sinks [H] -> [T, H * d].
 
+    Caches are in q's dtype or fp8 (e4m3, scale 1).
+
     The sink takes part in the softmax with its own logit and no value, so weights sum to less
     than 1 (arXiv:2309.17453 motivates it; a learned logit per head is gpt-oss's form).
     """

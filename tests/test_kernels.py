@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 KERNELS = {torch.float32: exact, torch.bfloat16: cpu}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = st.sampled_from(list(KERNELS))
+KV_DTYPES = st.sampled_from([None, torch.float8_e4m3fn])  # None: as the activations
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -45,6 +46,7 @@ class Scene:
         block_size: int,
         window: int,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         draw = torch.Generator().manual_seed(seed)
@@ -55,14 +57,15 @@ class Scene:
         order = torch.randperm(total, generator=draw).numpy()
         # Stale entries, before the window and past the end, lead to a block that nobody owns.
         tables = np.full((len(rows), int(pages.max()) + 1), order[-1], np.int32)
-        cache = torch.full((2, total + 1, block_size, kv_heads, size), torch.nan, dtype=dtype)
+        kept = kv_dtype or dtype
+        cache = torch.full((2, total + 1, block_size, kv_heads, size), torch.nan, dtype=kept)
         cache[:, total] = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         at = 0
         for row, (start, count) in enumerate(rows):
             first = max(0, start - window + 1) if window else 0
-            k, v = torch.randn(2, start + count, kv_heads, size, generator=draw).to(dtype)
+            k, v = torch.randn(2, start + count, kv_heads, size, generator=draw).to(kept)
             self.keys.append(k)
             self.values.append(v)
             for page in range(first // block_size, pages[row]):
@@ -96,8 +99,7 @@ class Scene:
         new = [slice(int(s), int(s + c)) for s, c in zip(self.starts, self.counts, strict=True)]
         k = torch.cat([k[part] for k, part in zip(self.keys, new, strict=True)])
         v = torch.cat([v[part] for v, part in zip(self.values, new, strict=True)])
-        k_cache.index_copy_(0, plan.slots, k)
-        v_cache.index_copy_(0, plan.slots, v)
+        k_cache[plan.slots], v_cache[plan.slots] = k, v
         out: Tensor = kernels.paged_attention(  # type: ignore[attr-defined]
             self.q, k_cache, v_cache, plan, self.sinks, self.scale
         )
@@ -134,6 +136,7 @@ class Scene:
     block_size=st.sampled_from([4, 16]),
     window=st.sampled_from([0, 1, 8, 33]),
     use_reference=st.booleans(),
+    kv_dtype=KV_DTYPES,
 )
 def test_attention(
     dtype: torch.dtype,
@@ -143,6 +146,7 @@ def test_attention(
     block_size: int,
     window: int,
     use_reference: bool,
+    kv_dtype: torch.dtype | None,
 ) -> None:
     scene = Scene(
         rows,
@@ -152,6 +156,7 @@ def test_attention(
         block_size=block_size,
         window=window,
         dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     close(scene.attend(reference if use_reference else KERNELS[dtype]), scene.expected())
 
@@ -304,11 +309,16 @@ BATCHES = {
     "others": st.lists(st.integers(1, 70), max_size=5),
     "window": st.sampled_from([0, 8]),
     "cuts": st.lists(st.integers(1, 59), max_size=4, unique=True),
+    "kv_dtype": KV_DTYPES,
 }
 
 
 def assert_batch_invariant(
-    attend: Callable[[Scene], Tensor], others: list[int], window: int, cuts: list[int]
+    attend: Callable[[Scene], Tensor],
+    others: list[int],
+    window: int,
+    cuts: list[int],
+    kv_dtype: torch.dtype | None,
 ) -> None:
     """Attention of one sequence of 60 tokens: at once, chunked anywhere, and among others."""
     how = {
@@ -318,6 +328,7 @@ def assert_batch_invariant(
         "block_size": 4,
         "window": window,
         "dtype": torch.float32,
+        "kv_dtype": kv_dtype,
     }
     whole = Scene([(0, 60)], **how)  # type: ignore[arg-type]
     expected = attend(whole)
@@ -337,9 +348,9 @@ def assert_batch_invariant(
 @settings(deadline=None, max_examples=25)
 @given(**BATCHES)
 def test_exact_rows_never_depend_on_their_batch(
-    others: list[int], window: int, cuts: list[int]
+    others: list[int], window: int, cuts: list[int], kv_dtype: torch.dtype | None
 ) -> None:
-    assert_batch_invariant(lambda scene: scene.attend(exact), others, window, cuts)
+    assert_batch_invariant(lambda scene: scene.attend(exact), others, window, cuts, kv_dtype)
 
 
 def test_exact_products_never_depend_on_their_batch() -> None:
@@ -364,6 +375,13 @@ def test_dispatch_says_what_runs_and_refuses_what_cannot() -> None:
     assert homes("auto", bf16)["experts"] == "cpu"
     assert homes("auto", fp32)["experts"] == "exact"
     assert {*homes("reference", fp32).values()} == {"reference"}
+    fp8 = torch.float8_e4m3fn
+    with pytest.raises(ValueError, match=r"fp8 needs sm_89 or newer, this GPU is sm_86"):
+        choose(
+            "auto", torch.device("cuda"), Shapes(torch.bfloat16, 4, 2, 16, arch=86, kv_dtype=fp8)
+        )
+    with pytest.raises(ValueError, match=r"KV cache in torch.float16 .* torch.float8_e4m3fn"):
+        choose("auto", CPU, Shapes(torch.bfloat16, 4, 2, 16, kv_dtype=torch.float16))
     with pytest.raises(ValueError, match="triton needs a CUDA device"):
         choose("triton", CPU, bf16)
     with pytest.raises(ValueError, match="cannot run on cuda"):

@@ -148,6 +148,10 @@ def test_moeray_version_and_help() -> None:
         (("generate",), "give --prompt TEXT"),
         (("generate", "--prompt", "x", "--dtype", "float8"), "dtype"),
         (("generate", "--prompt", "x", "--kv-cache-memory", "lots"), "no size"),
+        (
+            ("generate", "--prompt", "x", "--kv-cache-dtype", "int8"),
+            "--kv-cache-dtype: Invalid enum",
+        ),
         (("serve", "--replicas", "2"), "--replicas is not available yet"),
         (("serve", "--data-parallel-size", "2"), "--data-parallel-size is not available yet"),
         (("serve", "--autoscale", "1:4"), "--autoscale is not available yet"),

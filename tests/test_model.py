@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tests.checkpoints import ROPE, oracle, tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
 from workers.architecture import Yarn, parse
+from workers.blocks import prefix_hashes, prefix_root
 from workers.model import inverse_frequencies
 from workers.wire import Request
 
@@ -133,6 +134,9 @@ def test_a_tokens_logits_never_depend_on_its_company(mxfp4: bool, tmp_path: Path
             assert torch.equal(found[position], expected), (others, budget, memory, position)
 
 
+PENALTIES = {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "logit_bias": {7: 2.0}}
+
+
 @pytest.fixture
 def requests() -> list[Request]:
     return [
@@ -176,11 +180,13 @@ def test_tokens_survive_preemption_and_chunking(
     assert calm.generate(resumed) == expected
 
 
-def test_freed_blocks_are_never_read(tiny: Path, requests: list[Request]) -> None:
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_freed_blocks_are_never_read(tiny: Path, requests: list[Request], kv: str) -> None:
     """Every block that the scheduler has freed is poisoned before the next step."""
-    expected = Engine(tiny).generate(requests)
+    expected = Engine(tiny, kv_cache_dtype=kv).generate(requests)
     engine = Engine(
         tiny,
+        kv_cache_dtype=kv,
         kv_cache_memory=300_000,
         block_size=4,
         max_model_len=80,
@@ -195,6 +201,28 @@ def test_freed_blocks_are_never_read(tiny: Path, requests: list[Request]) -> Non
             tokens[output.id] += output.tokens
         engine.runner._cache.poison(engine.scheduler.pool.free_list())
     assert tokens == expected
+
+
+def test_an_fp8_cache_holds_twice_the_tokens(tiny: Path) -> None:
+    """And its pages are never taken for those of another dtype."""
+    half, fp8 = (
+        Engine(tiny, dtype="bfloat16", kv_cache_dtype=kv, kv_cache_memory=48 << 10, block_size=4)
+        for kv in ("auto", "fp8")
+    )
+    assert fp8.plan.kv.groups[0].block_bytes * 2 == half.plan.kv.groups[0].block_bytes
+    # One block is padding in either, and windows take the same blocks of both.
+    assert fp8.plan.kv.num_blocks == 2 * half.plan.kv.num_blocks + 1
+    assert 2 * half.plan.tokens <= fp8.plan.tokens < 2.2 * half.plan.tokens
+    cache = fp8.runner._cache
+    assert cache.arena.dtype == torch.float8_e4m3fn
+    assert cache.arena.nbytes == fp8.plan.bytes_per_rank
+    assert cache.arena.float().count_nonzero() == 0
+    cache.poison([1])
+    assert cache.arena[:, :, 1].float().isnan().all()
+    assert fp8.report.kv_dtype_bytes == 1
+    assert any("in float8_e4m3fn: 256 bytes per token" in note for note in fp8.report.notes)
+    roots = [{*prefix_hashes(prefix_root(*e.scheduler._identity), [1] * 4, 4)} for e in (half, fp8)]
+    assert not roots[0] & roots[1]
 
 
 @pytest.mark.parametrize("truncate", [True, False])

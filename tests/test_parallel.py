@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from parallelism.group import Symmetric, symmetric
 from tests.checkpoints import oracle, tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
 from tests.ranks import collectives, generate
@@ -57,6 +58,41 @@ def test_tokens_equal_those_of_one_process(world: int, tmp_path: Path) -> None:
         assert len(load.expert_calls) == world
         assert min(load.expert_calls) > 0
         assert (load.preemptions > 0) is ("block_size" in spec)
+
+
+def test_symmetric_memory_is_chosen_by_all_ranks_or_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On stand-ins: no GPU has run it."""
+    made: list[Symmetric] = [object.__new__(Symmetric)]
+
+    def broken() -> Symmetric:
+        raise RuntimeError("no NVLink")
+
+    assert symmetric(lambda: made[0], lambda mine: mine) is made[0]
+    assert not caplog.records
+    asked: list[bool] = []
+
+    def refuse(mine: bool) -> bool:
+        asked.append(mine)
+        return False
+
+    assert symmetric(lambda: made[0], refuse) is None
+    assert symmetric(broken, refuse) is None
+    assert asked == [True, False]
+    said = [record.getMessage() for record in caplog.records]
+    for line, why in zip(said, ("another rank could not", "RuntimeError: no NVLink"), strict=True):
+        assert why in line
+
+
+def test_symmetric_memory_takes_what_fits() -> None:
+    ours: Symmetric = object.__new__(Symmetric)
+    ours._buffer = torch.empty(64, dtype=torch.bfloat16)
+    assert ours.takes(torch.empty(8, 8, dtype=torch.bfloat16))
+    assert not ours.takes(torch.empty(9, 8, dtype=torch.bfloat16))
+    assert not ours.takes(torch.empty(8, 8))
+    assert not ours.takes(torch.empty(3, dtype=torch.bfloat16))
+    assert not ours.takes(torch.empty(8, 8, dtype=torch.bfloat16).T)
 
 
 def test_four_ranks_sum_in_the_order_of_ranks() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from deploy.tiny_oss.evaluate import Chooser, chooser, held_out, score
+from deploy.tiny_oss.evaluate import Chooser, chooser, held_out, likelihoods, score, surprise
 from deploy.tiny_oss.tasks import ABILITIES, CHECKPOINT, TASKS, Example, example, render
 from deploy.tiny_oss.tokenizer import build
 
@@ -131,6 +131,17 @@ def test_held_out_questions_are_answered_right(
 ) -> None:
     right, _ = score(choose, tokenizer, held_out(task, 40, seed=11))
     assert right >= 0.9
+
+
+def test_an_fp8_kv_cache_answers_as_well(tokenizer: Tokenizer) -> None:
+    examples = [one for task in TASKS for one in held_out(task, 4, (0, 2), seed=11)]
+    (right, nats), (narrow_right, narrow_nats) = (
+        surprise(likelihoods(CHECKPOINT, dtype="bfloat16", kv_cache_dtype=kv), tokenizer, examples)
+        for kv in ("auto", "fp8")
+    )
+    assert right >= 0.95
+    assert narrow_right >= 0.95
+    assert 0 < abs(narrow_nats - nats) < 0.02
 
 
 def test_a_newcomers_first_questions(choose: Chooser, tokenizer: Tokenizer) -> None:

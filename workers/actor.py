@@ -134,12 +134,17 @@ class RankActor:
             self._compute(lambda: self._follow(runner))
             return "", 0
         here = asyncio.get_running_loop()
+
+        def ended() -> None:
+            asyncio.run_coroutine_threadsafe(self._channel.close(), here)
+            self._core.abort()
+
         loop = EngineLoop(
             self._core.scheduler(plan),
             runner,
             lambda outputs, load: self._channel.publish(outputs, load),
             self._leader,
-            ended=lambda: asyncio.run_coroutine_threadsafe(self._channel.close(), here),
+            ended=ended,
         )
         self._channel = ChannelServer(engine, epoch, self._key, loop.submit, loop.abort, loop.load)
         port = await self._channel.listen(self._host)
@@ -156,6 +161,7 @@ class RankActor:
         except Exception as error:
             log.exception("rank %d failed", self._rank)
             self._failure = f"rank {self._rank} failed: {type(error).__name__}: {error}"
+            self._core.abort()
 
     async def ping(self) -> str | None:
         """None, or why this rank cannot go on."""

@@ -12,6 +12,7 @@ import msgspec
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "reference", "cpu", "triton"]
 DType = Literal["auto", "float32", "bfloat16"]
+KVDType = Literal["auto", "fp8"]
 
 
 class KVGroup(msgspec.Struct, frozen=True):
@@ -60,7 +61,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     dtype: DType = "auto"
     kernels: Kernels = "auto"
     batch_invariant: bool = False
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: KVDType = "auto"  # auto: as dtype; fp8: e4m3
     kv_cache_memory: int | None = None  # bytes per rank; None: computed
     gpu_memory_utilization: float = 0.9
     block_size: int = 16

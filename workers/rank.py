@@ -97,6 +97,7 @@ class Rank:
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         self._dtype = _DTYPES[spec.dtype]
+        self._kv_dtype = torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else self._dtype
         if not cuda:
             _keep_freed_memory()
         self._place: Place | None = None
@@ -122,6 +123,7 @@ class Rank:
             arch.head_dim,
             self._spec.batch_invariant,
             _capability(self._device),
+            self._kv_dtype,
         )
         ops = choose(self._spec.kernels, self._device, shapes)
         group = Group(self._layout.rank, self._layout.tp)
@@ -130,7 +132,10 @@ class Rank:
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
         plan = weights.plan(model, self._directory, unused)
         if store is not None:
-            group.join(store, self._device)
+            most = arch.hidden_size * default_batched_tokens(
+                self._spec, self._device.type == "cuda"
+            )
+            group.join(store, self._device, most, self._dtype, self._spec.batch_invariant)
         dequantise, notes = self._form_of_experts(model)
         done = 0
 
@@ -149,9 +154,9 @@ class Rank:
             threads=torch.get_num_threads(),
             weight_bytes=_held(model),
             free_bytes=self._room(),
-            kv_dtype_bytes=self._dtype.itemsize,
+            kv_dtype_bytes=self._kv_dtype.itemsize,
             seconds=time.monotonic() - began,
-            notes=[*notes, *_kernels(ops)],
+            notes=[*notes, self._form_of_kv(), *_kernels(ops)],
         )
 
     def _form_of_experts(self, model: Decoder) -> tuple[bool, list[str]]:
@@ -167,6 +172,21 @@ class Rank:
             return True, [f"experts are dequantised at load: {sizes}"]
         return False, [f"experts stay packed and are dequantised on every use, slower ({sizes})"]
 
+    def _form_of_kv(self) -> str:
+        """A line that says what the KV cache is made of and what a token costs in it."""
+        first, last = self._layout.heads(self.architecture.num_kv_heads)
+        elements = 2 * self.architecture.num_layers * (last - first) * self.architecture.head_dim
+        line = (
+            f"KV cache in {str(self._kv_dtype)[6:]}: {elements * self._kv_dtype.itemsize:,} bytes "
+            "per token on each rank, over all layers"
+        )
+        if self._kv_dtype == self._dtype:
+            return line
+        return (
+            f"{line}, instead of {elements * self._dtype.itemsize:,} in {str(self._dtype)[6:]}; "
+            "no scales, values beyond 448 saturate"
+        )
+
     def _free(self) -> int:
         """Bytes this rank may still take; ranks on CPU are taken to share one node."""
         if self._device.type == "cuda":
@@ -179,7 +199,7 @@ class Rank:
             return self._free()
         tokens = default_batched_tokens(self._spec, cuda=True)
         groups = self.architecture.kv_groups(
-            self._spec.block_size, self._spec.tensor_parallel_size, self._dtype.itemsize
+            self._spec.block_size, self._spec.tensor_parallel_size, self._kv_dtype.itemsize
         )
         block = KVConfig(groups, 1, self._spec.block_size)
         config = SchedulerConfig(
@@ -203,13 +223,18 @@ class Rank:
             self.architecture,
             self._spec,
             default_kv_bytes(free, self._spec, cuda),
-            self._dtype.itemsize,
+            self._kv_dtype.itemsize,
             default_batched_tokens(self._spec, cuda),
         )
 
+    def abort(self) -> None:
+        """Let no collective hold this process; nothing runs here afterwards."""
+        if self._place is not None:
+            self._place.group.abort()
+
     def scheduler(self, plan: Capacity) -> Scheduler:
         """Rank 0's."""
-        return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._dtype))
+        return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._kv_dtype))
 
     def allocate(self, plan: Capacity) -> Runner:
         """Take the KV cache's memory, and capture graphs where there are any."""
@@ -221,7 +246,7 @@ class Rank:
         assert self._model is not None, "load first"
         assert self._place is not None, "load first"
         first, last = self._layout.heads(self.architecture.num_kv_heads)
-        cache = KVCache(kv, last - first, self.architecture.head_dim, self._dtype, self._device)
+        cache = KVCache(kv, last - first, self.architecture.head_dim, self._kv_dtype, self._device)
         device = (
             Cuda(self._device, inputs_bytes(config), graphs)
             if self._device.type == "cuda"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels import attention, configurations
 from kernels.attention import PagedPlan
 from kernels.reference import Put, Rows
-from tests.test_kernels import BATCHES, Scene, assert_batch_invariant
+from tests.test_kernels import BATCHES, KV_DTYPES, Scene, assert_batch_invariant
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -48,6 +48,7 @@ class Paged:
     window=st.sampled_from([0, 1, 8, 33]),
     span=st.sampled_from([0, 32]),
     invariant=st.booleans(),
+    kv_dtype=KV_DTYPES,
 )
 def test_attention(
     dtype: torch.dtype,
@@ -58,6 +59,7 @@ def test_attention(
     window: int,
     span: int,
     invariant: bool,
+    kv_dtype: torch.dtype | None,
 ) -> None:
     scene = Scene(
         rows,
@@ -67,6 +69,7 @@ def test_attention(
         block_size=block_size,
         window=window,
         dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     ours = scene.attend(Paged(scene, invariant, span))
     assert not ours.isnan().any()
@@ -77,8 +80,14 @@ def test_attention(
 
 @settings(deadline=None, max_examples=10)
 @given(**BATCHES)
-def test_rows_never_depend_on_their_batch(others: list[int], window: int, cuts: list[int]) -> None:
+def test_rows_never_depend_on_their_batch(
+    others: list[int], window: int, cuts: list[int], kv_dtype: torch.dtype | None
+) -> None:
     """With spans of 32 keys: prefilled in one program or decoded in several, to the bit."""
     assert_batch_invariant(
-        lambda scene: scene.attend(Paged(scene, invariant=True, span=32)), others, window, cuts
+        lambda scene: scene.attend(Paged(scene, invariant=True, span=32)),
+        others,
+        window,
+        cuts,
+        kv_dtype,
     )

@@ -16,8 +16,11 @@ from workers.runner import Runner, inputs_bytes
 PARAMS = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 
-@pytest.mark.parametrize("invariant", [False, True])
-def test_tokens_equal_the_references(tmp_path: Path, invariant: bool) -> None:
+@pytest.mark.parametrize(
+    ("invariant", "kv"),
+    [(False, "auto"), (True, "auto"), pytest.param(False, "fp8", marks=pytest.mark.slow)],
+)
+def test_tokens_equal_the_references(tmp_path: Path, invariant: bool, kv: str) -> None:
     """Packed experts on the fast tiles, dense ones on the batch-invariant tiles."""
     directory = str(tiny_gpt_oss(tmp_path / "tiny", mxfp4=not invariant))
     asked = prompts(1, longest=40)
@@ -30,6 +33,7 @@ def test_tokens_equal_the_references(tmp_path: Path, invariant: bool) -> None:
             kernels=kernels,
             batch_invariant=batch_invariant,
             kv_cache_memory=1 << 20,
+            kv_cache_dtype=kv,
             block_size=4,
         )
         assert any(f"{kernels} kernels" in note for note in llm.report.notes)
