@@ -141,16 +141,18 @@ def ceilings() -> Named:
 def invariance_costs() -> Named:
     """The last of section 2; the same with the fast kernels is in section 4."""
     rows = [(8191, 1)] * 64
-    costly = {"invariant": True}
     return [
         (
             "time, batch-invariant: decode attention, 64 x 8k",
-            partial(time_attention, rows=rows, window=0, **costly),
+            partial(time_attention, rows=rows, window=0, invariant=True),
         ),
-        ("time, batch-invariant: MoE 120b, 64 tokens", partial(time_moe, tokens=64, **costly)),
+        (
+            "time, batch-invariant: MoE 120b, 64 tokens",
+            partial(time_moe, tokens=64, invariant=True),
+        ),
         (
             "time, batch-invariant: linear qkv, 64 tokens",
-            partial(time_linear, rows=5120, depth=2880, tokens=64, **costly),
+            partial(time_linear, rows=5120, depth=2880, tokens=64, invariant=True),
         ),
     ]
 

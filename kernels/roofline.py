@@ -122,6 +122,10 @@ def random_mxfp4(experts: int, rows: int, depth: int, device: torch.device) -> M
     )
 
 
+def _normal(device: torch.device, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, dtype=torch.bfloat16, device=device)
+
+
 @dataclass(frozen=True, slots=True)
 class Moe:
     """One layer's experts, packed: w13 [E, 2 I, D], w2 [E, D, I]."""
@@ -136,14 +140,13 @@ class Moe:
     @classmethod
     def random(cls, ops: Ops, shape: Shape, device: torch.device) -> Moe:
         count, hidden, inner = shape.experts, shape.hidden, shape.inner
-        bias = {"dtype": torch.bfloat16, "device": device}
         return cls(
             ops,
             shape,
             ops.pack(random_mxfp4(count, 2 * inner, hidden, device)),
-            torch.randn(count, 2 * inner, **bias),
+            _normal(device, count, 2 * inner),
             ops.pack(random_mxfp4(count, hidden, inner, device)),
-            torch.randn(count, hidden, **bias),
+            _normal(device, count, hidden),
         )
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ class Layer:
     @classmethod
     def random(cls, ops: Ops, shape: Shape, device: torch.device) -> Layer:
         def normal(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, dtype=torch.bfloat16, device=device).mul_(0.02)
+            return _normal(device, *sizes).mul_(0.02)
 
         queries = shape.heads * shape.size
         both = queries + 2 * shape.kv_heads * shape.size
@@ -221,8 +224,7 @@ class Group:
 
     def caches(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
         sizes = (self.blocks * PAGE, shape.kv_heads, shape.size)
-        k, v = (torch.empty(sizes, dtype=torch.bfloat16, device=device) for _ in range(2))
-        return k.normal_(), v.normal_()
+        return _normal(device, *sizes), _normal(device, *sizes)
 
 
 class Step:
@@ -239,15 +241,14 @@ class Step:
         self.plans = [groups[i % 2].plan for i in range(len(layers))]
         device = layers[0].norm.device
         self.caches = [groups[i % 2].caches(shape, device) for i in range(len(layers))]
-        wide = {"dtype": torch.bfloat16, "device": device}
-        self.x = torch.randn(tokens, shape.hidden, **wide)
+        self.x = _normal(device, tokens, shape.hidden)
         angle = torch.rand(tokens, 1, shape.size // 2, device=device) * 6
         self.cos = torch.cat((angle.cos(), angle.cos()), -1).bfloat16()
         self.sin = torch.cat((-angle.sin(), angle.sin()), -1).bfloat16()
-        self.logits = torch.randn(len(layers), tokens, shape.experts, **wide)
+        self.logits = [_normal(device, tokens, shape.experts) for _ in layers]
 
     def decode(self) -> Tensor:
-        """The last layer's residual sum [T, D]."""
+        """The residual sum [T, D] after the last layer."""
         ops, shape = self.ops, self.shape
         x, delta = self.x, torch.zeros_like(self.x)
         parts = [shape.heads, shape.kv_heads, shape.kv_heads]
@@ -263,7 +264,8 @@ class Step:
             ops.linear(h, layer.router, None)
             ids, weights = ops.route(self.logits[i], shape.k, plan.slots)
             delta = layer.moe(h, ids, weights)
-        return x + delta
+        total: Tensor = x + delta
+        return total
 
 
 def measure(run: Callable[[], object], flush: bool = True) -> float:
@@ -285,4 +287,5 @@ def measure(run: Callable[[], object], flush: bool = True) -> float:
         graph.replay()
         after.record()
     torch.cuda.synchronize()
-    return median(before.elapsed_time(after) for before, after in events[3:]) / 1e3
+    times: list[float] = [before.elapsed_time(after) for before, after in events[3:]]
+    return median(times) / 1e3

@@ -102,12 +102,12 @@ def _troubled(send: check.Send, first: int, figures: dict[str, float], deadline:
 
 def test_every_check_has_a_row_whatever_happens(tmp_path: Path) -> None:
     rows: list[Row] = []
-    check.supervise(_troubled, "abcdefg", rows.append, time.monotonic() + 60, patience=12)
+    check.supervise(_troubled, "abcdefg", rows.append, time.monotonic() + 60, patience=8)
     assert [(row.check, row.result) for row in rows] == [
         ("a", "ok"),
         ("b", "FAILED: the process died"),
         ("c", "ok"),
-        ("d", "FAILED: no result in 12 s"),
+        ("d", "FAILED: no result in 8 s"),
         ("e", "ok"),
         ("f", "FAILED: wrong"),
         ("g", "ok"),
@@ -175,7 +175,7 @@ def test_costs_by_hand() -> None:
     assert (cost.bytes, cost.flops) == (4 * 2048, 6 * 64 * 64 * 4)
     for batch, rate in ((1, 894), (64, 14_100), (256, 37_000)):
         seconds = roofline.step_seconds(GPT_OSS_20B, batch, 1500, h100)
-        assert batch / seconds == pytest.approx(rate, rel=0.01)
+        assert batch / seconds == pytest.approx(rate, rel=0.02)
 
 
 @pytest.mark.parametrize(("batch", "splits"), [(1, True), (256, False)])
