@@ -25,6 +25,9 @@ from kernels import proofs, rates, roofline
 from kernels.proofs import Check, Context, Figure
 
 BUDGET = 420.0  # seconds, after which nothing new is begun
+NOTES = """256 MiB are written between replays of one kernel, so that
+it finds nothing in the L2 cache; not between those of a step. Fractions: of the least time under
+the measured ceilings (the larger of the two bandwidths, the bf16 product)."""
 PATIENCE = 150.0  # for one check, its compilation included
 
 
@@ -135,15 +138,7 @@ class Results:
 
     def __init__(self, file: TextIO, title: str) -> None:
         self._file, self.failed = file, 0
-        self._line(
-            f"\n## {title}\n\nTimes: medians of {roofline.REPLAYS} graph replays; 256 MiB are"
-        )
-        self._line(
-            "written between replays of one kernel to empty the L2 cache, not between steps."
-        )
-        self._line(
-            "Fractions: of the measured ceilings (the larger bandwidth; the bf16 product).\n"
-        )
+        self._line(f"\n## {title}\n")
         self._line("| check | result | figure | unit | fraction of ceiling |")
         self._line("| --- | --- | --- | --- | --- |")
 
@@ -166,19 +161,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     begin = time.monotonic()
     device = torch.cuda.get_device_properties(0)
-    name = device.name.lower().replace(" ", "-").replace("/", "-")
-    output = output or Path(__file__).parents[1] / "docs" / "gpu-results" / f"{name}.md"
+    output = output or default_output()
     output.parent.mkdir(parents=True, exist_ok=True)
     title = (
         f"{time.strftime('%Y-%m-%d %H:%M')}: {device.name}, sm_{device.major}{device.minor}, "
         f"{device.total_memory / 2**30:.0f} GiB, driver {_driver()}, CUDA {torch.version.cuda}, "
         f"torch {torch.__version__}, triton {triton.__version__}"
     )
+    title += f"\n\nTimes: medians of {roofline.REPLAYS} graph replays. {NOTES}"
     with output.open("a") as file:
         results = Results(file, title)
         supervise(work, [name for name, _ in checks()], results.write, begin + BUDGET)
     print(f"{results.failed} failed; results are in {output}")
     return 1 if results.failed else 0
+
+
+def default_output() -> Path:
+    """docs/gpu-results/<gpu>.md beside the folder of this file."""
+    name = torch.cuda.get_device_name(0).lower().replace(" ", "-").replace("/", "-")
+    return Path(__file__).parents[1] / "docs" / "gpu-results" / f"{name}.md"
 
 
 def _driver() -> str:

@@ -361,15 +361,16 @@ def invariant_products(c: Context, mxfp4: bool) -> None:
 # Section 3: graphs. A device from here on.
 
 
-def one_layer(c: Context, batch: int = 8) -> Step:
-    ops, shape = c.ops(), replace(GPT_OSS_20B, layers=1)
+def two_layers(c: Context, batch: int = 8) -> Step:
+    """One with a window, one without."""
+    ops, shape = c.ops(), GPT_OSS_20B
     rows = [(1000 + i, 1) for i in range(batch)]
     groups = Group.of(ops, rows, shape.window, c.put), Group.of(ops, rows, 0, c.put)
-    return Step(ops, shape, [Layer.random(ops, shape, c.device)], groups, batch)
+    return Step(ops, shape, [Layer.random(ops, shape, c.device) for _ in range(2)], groups, batch)
 
 
 def graph_equals_eager(c: Context) -> None:
-    step = one_layer(c)
+    step = two_layers(c)
     step.decode()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -387,7 +388,9 @@ def nccl_in_a_graph(c: Context) -> None:
     import torch.distributed as dist
 
     store = dist.HashStore()
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device(0))
+    dist.init_process_group(
+        "nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
     try:
         x = torch.randn(64, 2880, device=c.device)
         dist.all_reduce(x)
@@ -409,7 +412,7 @@ def nccl_in_a_graph(c: Context) -> None:
 def graph_checks() -> list[tuple[str, Check]]:
     """Section 3."""
     return [
-        ("graph: a decode layer, on and off", graph_equals_eager),
+        ("graph: two layers of a decode step, on and off", graph_equals_eager),
         ("graph: NCCL, world of one", nccl_in_a_graph),
     ]
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from kernels import attention, check, moe, norm, proofs, roofline
+from kernels import attention, check, moe, norm, proofs, rates, roofline
 from kernels.check import Row
 from kernels.launch import Launch, watched
 from kernels.mxfp4 import MXFP4
 from kernels.proofs import Context, Figure
-from kernels.roofline import GPT_OSS_20B, GPT_OSS_120B, Ceilings, Group, Layer, Step
+from kernels.roofline import GPT_OSS_20B, GPT_OSS_120B, Ceilings, Group, Layer, Shape, Step
+from tests import gpu_check
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -219,3 +220,90 @@ def test_a_step_launches_what_it_should(batch: int, splits: bool) -> None:
     }
     tensors = [a for each in launches for a in each.arguments if isinstance(a, Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"cuda"}
+
+
+def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every timed sequence once, at small shapes, its launches only looked at."""
+    small = Shape(layers=2, experts=8, hidden=64, inner=64, vocabulary=100)
+    launched: Counter[str] = Counter()
+
+    def measure(run: Callable[[], object], flush: bool = True) -> float:
+        with watched(lambda launch: launched.update([launch.kernel.__name__])):
+            run()
+        return 1e-3
+
+    for name in ("GPT_OSS_20B", "GPT_OSS_120B"):
+        monkeypatch.setattr(rates, name, small)
+    monkeypatch.setattr(roofline, "measure", measure)
+    ceilings = {"HBM copy": 2.0, "HBM read": 3.0, "bf16 product": 800.0}
+    context = Context(CPU, {f"ceiling: {name}": value for name, value in ceilings.items()})
+    found = {}
+    for name, proof in [*rates.invariance_costs(), *rates.kernel_times(), *rates.steps()]:
+        heavy = ("head", "prefill", "64 x", "256 tokens", "512", "4096", "batch 256")
+        if not any(word in name for word in heavy):
+            launched.clear()
+            row = check.run(name, proof, context)
+            assert row.result == "ok", row
+            assert row.figure is not None
+            found[name] = (row.figure, dict(launched))
+    figure, kernels = found["time: decode attention, 1 x 8k"]
+    assert kernels == {"_attend": 1, "_combine": 1}
+    assert figure.value == 1000  # us
+    assert figure.fraction == pytest.approx(8192 * 2048 / 3e12 / 1e-3)
+    assert found["time: decode attention, 8 x 8k, window 128"][1] == {"_attend": 1}
+    assert found["time: MoE 120b, 64 tokens"][1] == {"_sort": 1, "_grouped": 2, "_add_pairs": 1}
+    assert found["time: linear qkv, 64 tokens"][1] == {}
+    assert found["time, batch-invariant: linear qkv, 64 tokens"][1] == {"_linear": 1}
+    step = found["step: gpt-oss-20b decode, batch 64"][1]
+    assert step["_rms_norm"] == 5
+    assert step["_grouped"] == 4
+
+
+def _in_process(work: object, names: object, write: Callable[[Row], None], end: float) -> None:
+    for name, proof in check.checks():
+        write(check.run(name, proof, Context(CPU, {}, large=False)))
+
+
+@pytest.mark.parametrize(("broken", "status"), [(False, 0), (True, 1)])
+def test_the_status_says_whether_any_failed(
+    broken: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Properties:
+        name, major, minor, total_memory = "H100", 9, 0, 1 << 36
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(check, "supervise", _in_process)
+    proof = partial(proofs.norms, dtype=BF16)
+    monkeypatch.setattr(check, "checks", lambda: [("norms", proof), ("again", proof)])
+    if broken:
+        monkeypatch.setattr(norm, "rms_norm", lambda x, *_: x)
+    output = tmp_path / "here" / "results.md"
+    output.parent.mkdir()
+    output.write_text("earlier\n")
+    assert check.main(["--output", str(output)]) == status
+    text = output.read_text()
+    assert text.startswith("earlier\n")
+    assert text.count("| FAILED: AssertionError: rms_norm: error" if broken else "| ok |") == 2
+
+
+def test_greedy_tokens_are_compared_up_to_their_first_difference() -> None:
+    asked: list[tuple[list[int], int, int]] = []
+
+    def gap(prefix: Any, one: int, other: int) -> float:
+        asked.append((list(prefix), one, other))
+        return 0.01 * other
+
+    figure = gpu_check.compare([[1], [2]], [[5, 3, 9], [4, 4, 4]], [[5, 6, 7], [4, 4, 4]], gap)
+    assert asked == [([1, 5], 6, 3)]
+    assert figure.value == pytest.approx(0.03)
+    with pytest.raises(AssertionError, match=r"prompt 0, token 0: logits 0\.08 apart"):
+        gpu_check.compare([[1]], [[8]], [[7]], gap)
+
+
+def test_the_served_check_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
