@@ -2,7 +2,7 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest
 
-.PHONY: serve lint test test-all mutants bench
+.PHONY: serve lint test test-all mutants bench gpu-check
 
 serve:      ## serve the bundled tiny-oss on http://127.0.0.1:8000
 	$(PYTHON) -m moeray serve
@@ -25,3 +25,6 @@ mutants:    ## put known bugs into a copy; each must be caught by its test
 
 bench:      ## measure against transformers in one run and write docs/benchmarks.md
 	$(PYTHON) -m tests.bench
+
+gpu-check:  ## on a GPU: kernels against references, their rates, a served model; docs/gpu-results
+	$(PYTHON) -m tests.gpu_check
