@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from kernels.mxfp4 import MXFP4
 from kernels.proofs import Context, Figure
 from kernels.roofline import GPT_OSS_20B, GPT_OSS_120B, Ceilings, Group, Layer, Shape, Step
 from tests import gpu_check
+from tests.bench import load
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -301,6 +303,34 @@ def test_greedy_tokens_are_compared_up_to_their_first_difference() -> None:
     assert figure.value == pytest.approx(0.03)
     with pytest.raises(AssertionError, match=r"prompt 0, token 0: logits 0\.08 apart"):
         gpu_check.compare([[1]], [[8]], [[7]], gap)
+
+
+def test_both_sets_of_kernels_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the server and the model; a server that does not start is a row."""
+    down: set[str] = set()
+
+    @contextmanager
+    def moeray(directory: Path, *flags: str) -> Iterator[tuple[str, None]]:
+        if down & {*flags}:
+            raise RuntimeError("`moeray serve` did not become ready")
+        yield flags[1], None
+
+    async def closed_loop(url: str, *_: object) -> load.Load:
+        return load.Load([load.Stream(0.0, tokens=50)], 2.0)
+
+    monkeypatch.setattr(gpu_check, "build", lambda size, directory: directory)
+    monkeypatch.setattr(gpu_check, "moeray", moeray)
+    monkeypatch.setattr(gpu_check, "greedy", lambda url, prompt: [1, 2])
+    monkeypatch.setattr(gpu_check, "gap_of", lambda _: None)
+    monkeypatch.setattr(load, "closed_loop", closed_loop)
+    for failed in (0, 2):
+        results = check.Results(file := io.StringIO(), "here")
+        gpu_check.served(results)
+        assert results.failed == failed
+        down.add("reference")
+        assert "| served: triton, 32 streams | ok | 25 | tokens/s |  |" in file.getvalue()
+    assert "only ['triton'] answered" in file.getvalue()
+    assert "did not become ready" in file.getvalue()
 
 
 def test_the_served_check_says_that_there_is_no_gpu(
