@@ -60,6 +60,16 @@ def test_proofs(proof: Callable[[Context], Figure | None]) -> None:
     assert row.result == "ok"
 
 
+@pytest.mark.slow
+def test_all_proofs_of_kernels() -> None:
+    """Those that a device runs, at small sizes."""
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    context = Context(CPU, {}, large=False)
+    for name, proof in [*proofs.kernel_checks(*dtypes), *proofs.invariance_checks()]:
+        row = check.run(name, proof, context)
+        assert row.result == "ok", row
+
+
 @pytest.mark.parametrize(
     ("what", "broken", "said"),
     [
