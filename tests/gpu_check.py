@@ -13,6 +13,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,31 +80,30 @@ def served(results: Results) -> None:
     """Rows for both sets of kernels: tokens/s over HTTP, and whether their tokens agree."""
     prompts = [load.prompt(LENGTH, VOCAB, seed) for seed in range(PROMPTS)]
     tokens: dict[str, list[list[int]]] = {}
-    context = Context(torch.device("cpu"), {})
+
+    def row(name: str, proof: Callable[[], Figure | None]) -> None:
+        context = Context(torch.device("cpu"), {})
+        results.write(check.run(f"served: {name}", lambda _: proof(), context))
+
+    def rate(url: str, clients: int) -> Figure:
+        found = asyncio.run(load.closed_loop(url, "bench", VOCAB, clients, 3 * clients))
+        return Figure(found.tokens_per_second, "tokens/s")
+
+    def serve(directory: Path, kernels: str) -> None:
+        with moeray(directory, "--kernels", kernels, "--device", "cuda") as (url, _):
+            tokens[kernels] = [greedy(url, prompt) for prompt in prompts]
+            for clients in (1, 32):
+                row(f"{kernels}, {clients} streams", partial(rate, url, clients))
+
+    def agree(directory: Path) -> Figure:
+        assert len(tokens) == 2, f"only {[*tokens]} answered"
+        return compare(prompts, tokens["triton"], tokens["reference"], gap_of(directory))
+
     with tempfile.TemporaryDirectory(prefix="moeray-gpu-") as folder:
         directory = build(MEDIUM, Path(folder) / MEDIUM.name)
         for kernels in ("triton", "reference"):
-            with moeray(directory, "--kernels", kernels, "--device", "cuda") as (url, _):
-                tokens[kernels] = [greedy(url, prompt) for prompt in prompts]
-                for clients in (1, 32):
-
-                    def rate(_: Context, clients: int = clients, url: str = url) -> Figure:
-                        found = asyncio.run(
-                            load.closed_loop(url, "bench", VOCAB, clients, 3 * clients)
-                        )
-                        return Figure(found.tokens_per_second, "tokens/s")
-
-                    name = f"served: {kernels}, {clients} streams"
-                    results.write(check.run(name, rate, context))
-        results.write(
-            check.run(
-                "served: greedy tokens of triton and reference",
-                lambda _: compare(
-                    prompts, tokens["triton"], tokens["reference"], gap_of(directory)
-                ),
-                context,
-            )
-        )
+            row(f"{kernels}, starts, answers and stops", partial(serve, directory, kernels))
+        row("greedy tokens of triton and reference", partial(agree, directory))
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from kernels.mxfp4 import MXFP4
 from kernels.proofs import Context, Figure
 from kernels.roofline import GPT_OSS_20B, GPT_OSS_120B, Ceilings, Group, Layer, Shape, Step
 from tests import gpu_check
+from tests.bench import load
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -58,6 +60,16 @@ def test_proofs(proof: Callable[[Context], Figure | None]) -> None:
     assert row.result == "ok"
 
 
+@pytest.mark.slow
+def test_all_proofs_of_kernels() -> None:
+    """Those that a device runs, at small sizes."""
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    context = Context(CPU, {}, large=False)
+    for name, proof in [*proofs.kernel_checks(*dtypes), *proofs.invariance_checks()]:
+        row = check.run(name, proof, context)
+        assert row.result == "ok", row
+
+
 @pytest.mark.parametrize(
     ("what", "broken", "said"),
     [
@@ -87,38 +99,40 @@ def test_a_result_that_depends_on_its_batch_is_reported(monkeypatch: pytest.Monk
     assert "decoded alone" in row.result
 
 
-def _troubled(send: check.Send, first: int, figures: dict[str, float], deadline: float) -> None:
+FATES = {"b": "FAILED: the process died", "d": "FAILED: no result in 8 s", "f": "FAILED: wrong"}
+
+
+def _troubled(
+    send: check.Send, first: int, figures: dict[str, float], deadline: float, names: str
+) -> None:
     """A worker that dies at b, hangs at d, loses its device at e, and fails at f."""
-    for name in "abcdefg"[first:]:
+    for name in names[first:]:
         if name == "b":
             os._exit(1)
         if name == "d":
             time.sleep(60)
-        result = "FAILED: wrong" if name == "f" else "ok"
+        result = FATES["f"] if name == "f" else "ok"
         known = Figure(sum(figures.values()) + 1, "x") if name in "ag" else None
         send((Row(name, result, known), name != "e"))
         if name == "e":
             os._exit(1)
 
 
-def test_every_check_has_a_row_whatever_happens(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "patience"), [("abefg", 60), pytest.param("adg", 8, marks=pytest.mark.slow)]
+)
+def test_every_check_has_a_row_whatever_happens(names: str, patience: float) -> None:
     rows: list[Row] = []
-    check.supervise(_troubled, "abcdefg", rows.append, time.monotonic() + 60, patience=8)
-    assert [(row.check, row.result) for row in rows] == [
-        ("a", "ok"),
-        ("b", "FAILED: the process died"),
-        ("c", "ok"),
-        ("d", "FAILED: no result in 8 s"),
-        ("e", "ok"),
-        ("f", "FAILED: wrong"),
-        ("g", "ok"),
-    ]
+    worker = partial(_troubled, names=names)
+    check.supervise(worker, names, rows.append, time.monotonic() + 60, patience)
+    assert [row.check for row in rows] == [*names]
+    assert [row.result for row in rows] == [FATES.get(name, "ok") for name in names]
     assert rows[-1].figure == Figure(2.0, "x")  # a's figure was handed on
     results = check.Results(file := io.StringIO(), "here")
     for row in rows:
         results.write(row)
-    assert results.failed == 3
-    assert "| f | FAILED: wrong |  |  |  |" in file.getvalue()
+    assert results.failed == len({*names} & {*FATES})
+    assert "| g | ok | 2 | x |  |" in file.getvalue()
     assert str(Row("m", "ok", Figure(0.5, "us", 0.73, "75 %"))) == (
         "| m | ok | 0.5 | us | 73% (target 75 %) |"
     )
@@ -299,6 +313,34 @@ def test_greedy_tokens_are_compared_up_to_their_first_difference() -> None:
     assert figure.value == pytest.approx(0.03)
     with pytest.raises(AssertionError, match=r"prompt 0, token 0: logits 0\.08 apart"):
         gpu_check.compare([[1]], [[8]], [[7]], gap)
+
+
+def test_both_sets_of_kernels_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the server and the model; a server that does not start is a row."""
+    down: set[str] = set()
+
+    @contextmanager
+    def moeray(directory: Path, *flags: str) -> Iterator[tuple[str, None]]:
+        if down & {*flags}:
+            raise RuntimeError("`moeray serve` did not become ready")
+        yield flags[1], None
+
+    async def closed_loop(url: str, *_: object) -> load.Load:
+        return load.Load([load.Stream(0.0, tokens=50)], 2.0)
+
+    monkeypatch.setattr(gpu_check, "build", lambda size, directory: directory)
+    monkeypatch.setattr(gpu_check, "moeray", moeray)
+    monkeypatch.setattr(gpu_check, "greedy", lambda url, prompt: [1, 2])
+    monkeypatch.setattr(gpu_check, "gap_of", lambda _: None)
+    monkeypatch.setattr(load, "closed_loop", closed_loop)
+    for failed in (0, 2):
+        results = check.Results(file := io.StringIO(), "here")
+        gpu_check.served(results)
+        assert results.failed == failed
+        down.add("reference")
+        assert "| served: triton, 32 streams | ok | 25 | tokens/s |  |" in file.getvalue()
+    assert "only ['triton'] answered" in file.getvalue()
+    assert "did not become ready" in file.getvalue()
 
 
 def test_the_served_check_says_that_there_is_no_gpu(
