@@ -31,6 +31,18 @@ def family(arch: int) -> Family:
     return FAMILIES[arch] if arch else "generic"
 
 
+# The instructions that a tile's products must become; the machine code is checked for them.
+Products = Literal["mma.sync", "wgmma", "tcgen05", "tcgen05.block_scale"]
+
+
+# Of tiles with 64 rows or more; smaller ones are mma.sync everywhere.
+PRODUCTS: dict[Family, Products] = {
+    "generic": "mma.sync",
+    "hopper": "wgmma",
+    "blackwell": "tcgen05",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     rows: int
@@ -38,6 +50,7 @@ class Tile:
     depth: int  # of one step along the sum; the head size of attention
     warps: int
     stages: int
+    products: Products = "mma.sync"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +84,7 @@ def attention(arch: Family, heads: int, kv_heads: int, head_dim: int, invariant:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class Tiles:
     """``small`` while an expert has one tile of rows on average, for the weights' sake; ``large``
     beyond. Equal for a batch-invariant run."""
 
@@ -79,9 +92,23 @@ class Experts:
     large: Tile
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """By what the weights are: numbers or words that are unpacked; or blocks with scales."""
+
+    plain: Tiles
+    scaled: Tiles
+
+
 def experts(arch: Family, invariant: bool) -> Experts:
-    small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)
-    return Experts(large, large) if invariant else Experts(small, large)
+    small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3, PRODUCTS[arch])
+    block_scale: Products = "tcgen05.block_scale" if arch == "blackwell" else "mma.sync"
+    # Few rows go to the right side of the product, so the weights fill the tensor core's 128.
+    few = Tile(16, 128, 128, 4, 4, block_scale)
+    many = Tile(128, 128, 128, 8, 3, block_scale)
+    if invariant:
+        return Experts(Tiles(large, large), Tiles(many, many))
+    return Experts(Tiles(small, large), Tiles(few, many))
 
 
 def linear(arch: Family) -> Tile:

@@ -128,6 +128,8 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
         arch, shapes.heads, shapes.kv_heads, shapes.head_dim, invariant
     )
     experts = configurations.experts(arch, invariant)
+    # Activations of fp32 are there to be exact.
+    native = arch == "blackwell" and shapes.dtype != torch.float32
     own: dict[str, Any] = {
         "rms_norm": norm.rms_norm,
         "add_rms_norm": norm.add_rms_norm,
@@ -135,7 +137,7 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
         "plan": partial(attention.plan, config=tiles),
         "paged_attention": attention.paged_attention,
         "route": moe.route,
-        "pack": moe.pack,
+        "pack": moe.scaled if native else moe.pack,
         "experts": partial(moe.experts, config=experts),
         "penalise": sampling.penalise,
         "sample": sampling.sample,

@@ -6,7 +6,9 @@ second one weighs its rows and scatters them to their pairs; a token's pairs are
 order of its choices. A row's result depends on its own values only, so one tile shape for all
 batches makes it independent of its batch.
 
-MXFP4 weights without native support are unpacked in registers: see ``MXFP4Words``.
+MXFP4 weights without native support are unpacked in registers: see ``MXFP4Words``. Where tensor
+cores take blocks with scales (sm_100, sm_103), they stay as they are, and activations become
+mxfp8 before each product: see ``Scaled`` and ``quantize_mxfp8``.
 """
 
 from __future__ import annotations
@@ -46,6 +48,28 @@ class MXFP4Words:
     scales: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """MXFP4 matrices [E, N, K] as tensor cores take them, K padded to a multiple of CHUNK by zeros.
+
+    ``blocks`` u8 [E, N, K / 2]: byte b of a row holds elements 2 b (low nibble) and 2 b + 1.
+    ``scales`` u8 [E, N, K / 32]: s stands for 2^(s - 127).
+    """
+
+    blocks: Tensor
+    scales: Tensor
+
+
+def scaled(w: Tensor | MXFP4) -> Tensor | Scaled:
+    """Pad MXFP4 weights, which otherwise stay as they are, like all others."""
+    if not isinstance(w, MXFP4):
+        return w
+    spare = -w.scales.shape[2] % (CHUNK // BLOCK)
+    return Scaled(
+        F.pad(w.blocks, (0, 0, 0, spare)).flatten(2), F.pad(w.scales, (0, spare)).contiguous()
+    )
+
+
 def pack(w: Tensor | MXFP4) -> Tensor | MXFP4Words:
     """Rearrange MXFP4 weights, expert by expert; other weights stay as they are.
 
@@ -72,6 +96,9 @@ def pack(w: Tensor | MXFP4) -> Tensor | MXFP4Words:
         words[e] = (half[..., 0] | half[..., 1] << 16).view(rows, -1)
         scales[e] = F.pad(w.scales[e], spare).view(torch.int32)
     return MXFP4Words(words, scales)
+
+
+Weights = Tensor | MXFP4Words | Scaled
 
 
 @triton.jit
@@ -156,6 +183,7 @@ def _sort(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["tiles"])
 def _grouped(  # type: ignore[no-untyped-def]
     x_ptr,
+    x_scales_ptr,
     w_ptr,
     scales_ptr,
     bias_ptr,
@@ -172,7 +200,7 @@ def _grouped(  # type: ignore[no-untyped-def]
     alpha,
     K: tl.constexpr,
     UP: tl.constexpr,
-    PACKED: tl.constexpr,
+    FORM: tl.constexpr,
     WIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -202,7 +230,29 @@ def _grouped(  # type: ignore[no-untyped-def]
         n = tl.where(inside, n, 0)
         row = expert.to(tl.int64) * rows + n
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if PACKED:
+        if FORM == "scaled":
+            b = tl.arange(0, DEPTH // 32)
+            c, half = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 2)
+            x_at = x_ptr + source[:, None] * (2 * w_stride) + c[None, :]
+            x_scales_at = x_scales_ptr + source[:, None] * (w_stride // 16) + b[None, :]
+            w_at = w_ptr + row[:, None] * w_stride + half[None, :]
+            scales_at = scales_ptr + row[:, None] * (w_stride // 16) + b[None, :]
+            # Tensor cores want 128 rows on the left: of few tokens, the features are more.
+            turned = tl.zeros([COLUMNS, ROWS], tl.float32)
+            for _ in range(0, w_stride, DEPTH // 2):
+                x, x_scales = tl.load(x_at), tl.load(x_scales_at)
+                w, scales = tl.load(w_at), tl.load(scales_at)
+                if ROWS < 128:
+                    turned = tl.dot_scaled(w, scales, "e2m1", tl.trans(x), x_scales, "e4m3", turned)
+                else:
+                    total = tl.dot_scaled(x, x_scales, "e4m3", tl.trans(w), scales, "e2m1", total)
+                x_at += DEPTH
+                x_scales_at += DEPTH // 32
+                w_at += DEPTH // 2
+                scales_at += DEPTH // 32
+            if ROWS < 128:
+                total = tl.trans(turned)
+        elif FORM == "words":
             c = tl.arange(0, 32)
             x_at = x_ptr + source[:, None] * depth + c[None, :]
             w_at = w_ptr + row[:, None] * w_stride + tl.arange(0, 16)[None, :]
@@ -267,6 +317,48 @@ def _add_pairs(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + token * width + n, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _quantize_mxfp8(  # type: ignore[no-untyped-def]
+    x_ptr, out_ptr, scales_ptr, width, padded, BLOCKS: tl.constexpr
+):
+    """Grid (T, blocks / BLOCKS)."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    c = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    x = tl.load(x_ptr + row * width + c, mask=c < width, other=0.0).to(tl.float32)
+    # The exponent of the largest, less that of e4m3's largest; the scale's inverse from its bits.
+    exponent = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 8
+    scale = tl.maximum(exponent, 0)
+    x *= ((254 - scale) << 23).to(tl.float32, bitcast=True)[:, None]
+    x = tl.clamp(x, -448.0, 448.0)
+    inside = c < padded
+    tl.store(out_ptr + row * padded + c, x.to(out_ptr.dtype.element_ty), mask=inside)
+    scales_at = scales_ptr + row * (padded // 32) + block
+    tl.store(scales_at, scale.to(tl.uint8), mask=block * 32 < padded)
+
+
+def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``kernels.reference.quantize_mxfp8``; K is padded to a multiple of CHUNK by zeros."""
+    assert x.is_contiguous()
+    rows, width = x.shape
+    padded = -(-width // CHUNK) * CHUNK
+    out = torch.empty(rows, padded, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, padded // BLOCK, dtype=torch.uint8, device=x.device)
+    blocks = 32
+    launch(
+        _quantize_mxfp8,
+        (rows, triton.cdiv(padded, blocks * BLOCK)),
+        x,
+        out,
+        scales,
+        width,
+        padded,
+        BLOCKS=blocks,
+        num_warps=4,
+    )
+    return out, scales
+
+
 def route(logits: Tensor, k: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """See ``kernels.reference.route``; ids are int32."""
     tokens, experts = logits.shape
@@ -293,16 +385,16 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    w13: Tensor | MXFP4Words,
+    w13: Weights,
     b13: Tensor,
-    w2: Tensor | MXFP4Words,
+    w2: Weights,
     b2: Tensor | None,
     first: int,
     limit: float,
     alpha: float,
     config: Experts,
 ) -> Tensor:
-    """See ``kernels.reference.experts``; packed weights as ``pack`` leaves them."""
+    """See ``kernels.reference.experts``; packed weights as ``pack`` or ``scaled`` leave them."""
     assert x.is_contiguous()
     assert ids.is_contiguous()
     tokens, k = ids.shape
@@ -311,7 +403,8 @@ def experts(
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=device)
     launch(_sort, (count + 1,), ids, order, offsets, pairs, first, count, BLOCK=SORTED)
-    tile = config.small if pairs <= config.small.rows * count else config.large
+    tiles = config.scaled if isinstance(w13, Scaled) else config.plain
+    tile = tiles.small if pairs <= tiles.small.rows * count else tiles.large
     sorted_ = (order, offsets, count, k, limit, alpha, tile)
     h = torch.empty(pairs, b13.shape[1] // 2, dtype=x.dtype, device=device)
     _product(x, w13, b13, None, h, *sorted_)
@@ -335,7 +428,7 @@ def experts(
 
 def _product(
     x: Tensor,
-    w: Tensor | MXFP4Words,
+    w: Weights,
     bias: Tensor | None,
     weights: Tensor | None,
     out: Tensor,
@@ -348,8 +441,14 @@ def _product(
     tile: Tile,
 ) -> None:
     """The first product (``weights`` is None) or the second one."""
-    packed = isinstance(w, MXFP4Words)
-    matrix = w.words if isinstance(w, MXFP4Words) else w
+    if isinstance(w, Scaled):
+        form, matrix, scales = "scaled", w.blocks, w.scales
+    elif isinstance(w, MXFP4Words):
+        form, matrix, scales = "words", w.words, w.scales
+    else:
+        form, matrix, scales = "dense", w, None
+    depth = x.shape[1]
+    x, x_scales = quantize_mxfp8(x) if form == "scaled" else (x, None)
     rows = matrix.shape[1]
     pairs = len(order)
     # No more tiles than pairs, and no more than full ones and one broken one for each expert.
@@ -358,15 +457,16 @@ def _product(
         _grouped,
         (tiles * triton.cdiv(rows, tile.columns),),
         x,
+        x_scales,
         matrix,
-        w.scales if isinstance(w, MXFP4Words) else None,
+        scales,
         bias,
         weights,
         order,
         offsets,
         out,
         rows,
-        x.shape[1],
+        depth,
         matrix.shape[2],
         tiles,
         count,
@@ -374,7 +474,7 @@ def _product(
         alpha,
         K=k,
         UP=weights is None,
-        PACKED=packed,
+        FORM=form,
         # The interpreter multiplies the bits of bf16 numbers as if they were integers.
         WIDE=x.dtype == torch.float32 or INTERPRETED,
         EXPERTS=triton.next_power_of_2(count),

@@ -344,6 +344,19 @@ def penalise(
 PROMPT = 1 << 24  # in a count: the prompt has the token
 
 
+def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> e4m3 [T, K] and scales u8 [T, K / 32], K a multiple of 32; s means 2^(s - 127).
+
+    A block's scale is the largest power of two in it over 2^8, the largest in e4m3; what then is
+    above 448 becomes 448 (OCP Microscaling specification 1.0, section 6.3).
+    """
+    blocks = x.float().unflatten(-1, (-1, 32))
+    exponent = blocks.abs().amax(-1).view(torch.int32) >> 23
+    scales = (exponent - 8).clamp(min=0)
+    values = torch.ldexp(blocks, 127 - scales[..., None]).clamp(-448, 448)
+    return values.flatten(-2).to(torch.float8_e4m3fn), scales.to(torch.uint8)
+
+
 def expert(w: Tensor | MXFP4, e: int, dtype: torch.dtype) -> Tensor:
     """The matrix of local expert ``e``, dequantised if it is packed."""
     return dequantize(MXFP4(w.blocks[e], w.scales[e]), dtype) if isinstance(w, MXFP4) else w[e]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 NARROW = {
@@ -25,6 +26,20 @@ def _wide(x: Any) -> Any:
     return x.data.astype(np.float32)
 
 
+def _scaled(data: Any, scales: Any, form: str) -> Any:
+    """Rows of numbers times 2^(scale - 127), a scale for every 32."""
+    stored = np.ascontiguousarray(data).view(np.uint8)
+    if form == "e4m3":
+        values = torch.from_numpy(stored).view(torch.float8_e4m3fn).float().numpy()
+    else:
+        assert form == "e2m1", form
+        nibbles = np.stack((stored & 15, stored >> 4), -1).reshape(len(stored), -1)
+        table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        values = np.where(nibbles & 8, -table[nibbles & 7], table[nibbles & 7])
+    factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+    return values * np.repeat(factors, 32, 1)
+
+
 @pytest.fixture(autouse=True)
 def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in fp32, a row's never depending on its place in the tile; the interpreter's own product
@@ -35,6 +50,17 @@ def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         assert d.dtype.scalar == tl.float32, "sums belong into fp32"
         product = np.einsum("...ik,...kj->...ij", _wide(a), _wide(b))
         return interpreter.TensorHandle(product + d.data, tl.float32)
+
+    def dot_scaled(
+        self: Any, a: Any, a_scale: Any, a_form: str, b: Any, b_scale: Any, b_form: str, total: Any,
+        *rest: Any,
+    ) -> Any:  # fmt: skip
+        """The interpreter has none. Scales lie along the sum, which is the last dimension of a and
+        of b turned; 4-bit numbers are packed along it, the lower half first."""
+        left = _scaled(a.handle.data, a_scale.handle.data, a_form)
+        right = _scaled(np.swapaxes(b.handle.data, -1, -2), b_scale.handle.data, b_form)
+        sums = np.einsum("ik,jk->ij", left, right) + total.handle.data
+        return self.tensor(interpreter.TensorHandle(sums, tl.float32), total.type)
 
     convert_float = interpreter._convert_float
 
@@ -47,3 +73,4 @@ def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(semantic.TritonSemantic, "dot_scaled", dot_scaled)
