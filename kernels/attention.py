@@ -341,9 +341,9 @@ def paged_attention(
         tops = norms = torch.empty(0, dtype=torch.float32, device=q.device)
         if split:
             part = torch.empty(n, heads, splits, size, dtype=torch.float32, device=q.device)
-            tops, norms = torch.empty(
-                2, n, heads, splits, dtype=torch.float32, device=q.device
-            ).unbind()
+            # Two tensors, so that both are aligned whatever the step's numbers are.
+            tops = torch.empty(n, heads, splits, dtype=torch.float32, device=q.device)
+            norms = torch.empty_like(tops)
         launch(
             _attend,
             (n, config.kv_heads, splits),
@@ -370,8 +370,7 @@ def paged_attention(
             ROWS=tile.rows,
             KEYS=tile.columns,
             SPLIT=split,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            tile=tile,
             **shared,
         )
         if split:

@@ -31,6 +31,10 @@ def family(arch: int) -> Family:
     return FAMILIES[arch] if arch else "generic"
 
 
+# The instructions that a tile's products must become; the machine code is checked for them.
+Products = Literal["mma.sync", "wgmma", "tcgen05", "tcgen05.block_scale"]
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     rows: int
@@ -38,6 +42,7 @@ class Tile:
     depth: int  # of one step along the sum; the head size of attention
     warps: int
     stages: int
+    products: Products = "mma.sync"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from workers.model import Decoder
 from workers.runner import Runner
 from workers.scheduler import Scheduler
 
-_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +70,33 @@ def architecture(directory: Path) -> Architecture:
     )
 
 
+def layout(arch: Architecture, spec: ModelSpec, rank: int) -> Layout:
+    """Of one rank. Raises LayoutError where the model cannot be cut so."""
+    layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
+    check(
+        layout,
+        heads=arch.num_heads,
+        kv_heads=arch.num_kv_heads,
+        experts=arch.num_experts,
+        intermediate=arch.intermediate_size,
+        unit=BLOCK if arch.mxfp4 else 1,
+        vocabulary=arch.vocab_size,
+    )
+    return layout
+
+
+def kernels(
+    arch: Architecture, layout: Layout, spec: ModelSpec, device: torch.device, capability: int
+) -> Ops:
+    """A rank's kernels; ``capability`` is 90 for sm_90. Raises ValueError for what there is not."""
+    heads, kv_heads = (
+        last - first for first, last in map(layout.heads, (arch.num_heads, arch.num_kv_heads))
+    )
+    dtype = DTYPES[spec.dtype]
+    shapes = Shapes(dtype, heads, kv_heads, arch.head_dim, spec.batch_invariant, capability)
+    return choose(spec.kernels, device, shapes)
+
+
 class Rank:
     """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
 
@@ -77,19 +104,10 @@ class Rank:
         self._spec, self._world = spec, world
         self._directory = Path(spec.model)
         self.architecture = arch = architecture(self._directory)
-        self._layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
-        check(
-            self._layout,
-            heads=arch.num_heads,
-            kv_heads=arch.num_kv_heads,
-            experts=arch.num_experts,
-            intermediate=arch.intermediate_size,
-            unit=BLOCK if arch.mxfp4 else 1,
-            vocabulary=arch.vocab_size,
-        )
+        self._layout = layout(arch, spec, rank)
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-        self._dtype = _DTYPES[spec.dtype]
+        self._dtype = DTYPES[spec.dtype]
         if not cuda:
             _keep_freed_memory()
         self._place: Place | None = None
@@ -104,19 +122,7 @@ class Rank:
         """
         began = time.monotonic()
         arch = self.architecture
-        heads, kv_heads = (
-            last - first
-            for first, last in map(self._layout.heads, (arch.num_heads, arch.num_kv_heads))
-        )
-        shapes = Shapes(
-            self._dtype,
-            heads,
-            kv_heads,
-            arch.head_dim,
-            self._spec.batch_invariant,
-            _capability(self._device),
-        )
-        ops = choose(self._spec.kernels, self._device, shapes)
+        ops = kernels(arch, self._layout, self._spec, self._device, _capability(self._device))
         group = Group(self._layout.rank, self._layout.tp)
         place = Place(self._layout, group, ops, self._dtype, self._device)
         model = Decoder(arch, place)
@@ -140,7 +146,7 @@ class Rank:
             node=platform.node(),
             device=str(self._device),
             threads=torch.get_num_threads(),
-            weight_bytes=_held(model),
+            weight_bytes=held(model),
             free_bytes=self._free(),
             kv_dtype_bytes=self._dtype.itemsize,
             seconds=time.monotonic() - began,
@@ -217,7 +223,7 @@ def _kernels(ops: Ops) -> list[str]:
     return [f"{home} kernels ({why}): {', '.join(names)}" for (home, why), names in by.items()]
 
 
-def _held(model: Decoder) -> int:
+def held(model: Decoder) -> int:
     """Bytes of the weights."""
     found: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():
