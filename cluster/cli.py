@@ -141,7 +141,10 @@ def serve(
     kv_cache_memory: Memory = "",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto; others not yet.")] = "auto",
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="Share of a GPU's free memory for the KV cache.")
+        float,
+        typer.Option(
+            help="Share of a GPU's memory to use: weights, the largest step, and KV cache."
+        ),
     ] = 0.9,
     max_model_len: Length = None,
     max_num_seqs: Sequences = 256,

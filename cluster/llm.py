@@ -19,6 +19,7 @@ from cluster.openai import Call, Model
 from cluster.reply import Choice
 from cluster.text import Text
 from workers.config import ModelSpec
+from workers.engine import Steps
 from workers.hub import resolve
 from workers.rank import Rank
 
@@ -73,8 +74,8 @@ class LLM:
         rank = Rank(spec, 0, 1)
         self.report = rank.load(None, progress)
         self.capacity = rank.plan(self.report.free_bytes)
-        self._runner = rank.allocate(self.capacity)
         self._scheduler = rank.scheduler(self.capacity)
+        self._steps = Steps(self._scheduler, rank.allocate(self.capacity))
         name = spec.served_model_name or directory.name
         self._models = {
             name: Model(
@@ -180,9 +181,7 @@ class LLM:
                         scheduler.abort(output.id, time.monotonic())
                 if not scheduler.has_work():
                     break
-                batch = scheduler.plan(time.monotonic())
-                result = self._runner.collect(self._runner.launch(batch))
-                outputs = scheduler.commit(batch, result, time.monotonic())
+                outputs = self._steps.next()
         finally:  # also when the caller stops listening
             for id in choices:
                 scheduler.abort(id, time.monotonic())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.configurations import Attention
 from kernels.launch import launch
-from kernels.reference import Rows
+from kernels.reference import Put, Rows
 
 LOG2_E = 1.4426950408889634
 
@@ -41,7 +41,8 @@ class PagedPlan:
     """A step in one KV group on the device."""
 
     slots: Tensor  # int64 [T]
-    tables: Tensor  # int32 [R, blocks]
+    tables: Tensor  # int32 [lines, blocks]
+    lines: Tensor  # int32 [R]
     starts: Tensor  # int32 [R]
     counts: Tensor  # int32 [R]
     firsts: Tensor  # int32 [R]: index of a row's first token in the step
@@ -50,6 +51,11 @@ class PagedPlan:
     window: int
     chunk: int
     config: Attention
+
+    @property
+    def key(self) -> tuple[tuple[bool, int, int], ...]:
+        """What a captured graph depends on: the grids."""
+        return tuple((each.decode, len(each.rows), each.splits) for each in self.tiles)
 
 
 @triton.jit
@@ -132,6 +138,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tops_ptr,
     norms_ptr,
     tables_ptr,
+    lines_ptr,
     starts_ptr,
     counts_ptr,
     firsts_ptr,
@@ -174,7 +181,7 @@ def _attend(  # type: ignore[no-untyped-def]
     aligned = low // KEYS * KEYS
     k_ptr += kv * D
     v_ptr += kv * D
-    table_ptr = tables_ptr + row.to(tl.int64) * table_stride
+    table_ptr = tables_ptr + tl.load(lines_ptr + row).to(tl.int64) * table_stride
     if SPLIT:
         if SPAN:
             begin, end = tl.maximum(split * SPAN, aligned), tl.minimum((split + 1) * SPAN, stop)
@@ -227,6 +234,7 @@ def _combine(  # type: ignore[no-untyped-def]
     sinks_ptr,
     out_ptr,
     starts_ptr,
+    counts_ptr,
     firsts_ptr,
     tile_rows_ptr,
     heads,
@@ -245,7 +253,7 @@ def _combine(  # type: ignore[no-untyped-def]
     position = tl.load(starts_ptr + row)
     index = tl.arange(0, ROWS)
     head = kv * GROUP + index
-    real = index < GROUP
+    real = (index < GROUP) & (tl.load(counts_ptr + row) > 0)
     columns = tl.arange(0, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
@@ -270,23 +278,27 @@ def _combine(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-def plan(rows: Rows, device: torch.device, config: Attention) -> PagedPlan:
-    """Lay a step out as tiles. ``config`` is the one that ``paged_attention`` will get."""
+def plan(rows: Rows, put: Put, config: Attention) -> PagedPlan:
+    """Lay a step out as tiles. ``config`` is the one that ``paged_attention`` will get.
+
+    Parts of decoding rows are powers of two, so that few graphs serve all lengths.
+    """
     firsts = rows.counts.cumsum(0) - rows.counts
-    lengths = rows.starts + rows.counts
 
     def send(tensor: Tensor) -> Tensor:
-        return tensor.to(torch.int32).to(device, non_blocking=True)
+        return put(tensor.to(torch.int32))
 
     tiles = []
-    decoding = torch.nonzero(rows.counts == 1)[:, 0]
+    decoding = torch.nonzero(rows.counts <= 1)[:, 0]  # padding, too
     if len(decoding):
-        seen = int((lengths - rows.first_key(lengths - 1))[decoding].max())
+        last = rows.starts[decoding]
+        seen = int((last + 1 - rows.first_key(last)).max())
         if config.span:
-            splits = -(-int(lengths[decoding].max()) // config.span)
+            splits = 1 << int(last.max() // config.span).bit_length()
         else:
             wanted = -(-config.programs // (len(decoding) * config.kv_heads))
             splits = max(1, min(wanted, seen // config.least_split))
+            splits = 1 << splits.bit_length() - 1
         splits = 1 if rows.window and seen <= config.least_split else splits
         tiles.append(Tiles(send(decoding), send(decoding * 0), True, splits))
     prefilling = torch.nonzero(rows.counts > 1)[:, 0]
@@ -297,8 +309,9 @@ def plan(rows: Rows, device: torch.device, config: Attention) -> PagedPlan:
         nth = torch.arange(len(of)) - torch.repeat_interleave(number.cumsum(0) - number, number)
         tiles.append(Tiles(send(of), send(nth * each), False, 1))
     return PagedPlan(
-        rows.written().to(device, non_blocking=True),
-        send(rows.tables),
+        put(rows.written()),
+        rows.resident,
+        send(rows.lines),
         send(rows.starts),
         send(rows.counts),
         send(firsts),
@@ -355,6 +368,7 @@ def paged_attention(
             tops,
             norms,
             plan.tables,
+            plan.lines,
             plan.starts,
             plan.counts,
             plan.firsts,
@@ -383,6 +397,7 @@ def paged_attention(
                 sinks,
                 out,
                 plan.starts,
+                plan.counts,
                 plan.firsts,
                 tiles.rows,
                 heads,

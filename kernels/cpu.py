@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mxfp4 import MXFP4
-from kernels.reference import Rows, expert
+from kernels.reference import Put, Rows, expert
 
 QUERIES = 128  # of one prefill tile: bounds the mask at 128 x context
 GROUPED = 8  # pairs per expert up to which calls cost more than cache misses
@@ -45,7 +45,7 @@ class WorkPlan:
     work: Sequence[_Work]
 
 
-def plan(rows: Rows, device: torch.device) -> WorkPlan:
+def plan(rows: Rows, put: Put) -> WorkPlan:
     """Decoding rows of similar length together, prefilling rows in tiles of QUERIES."""
     first = rows.counts.cumsum(0) - rows.counts
     work = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, exact, reference
-from kernels.reference import Rows
+from kernels.reference import Put, Rows
 
 
 class Plan(Protocol):
@@ -20,7 +20,11 @@ class Plan(Protocol):
 
     @property
     def slots(self) -> Tensor:
-        """int64 [T]: where the step's new keys and values go."""
+        """int64 [T]: where the step's new keys and values go; -1 for padding."""
+
+    @property
+    def key(self) -> Hashable:
+        """What a captured graph depends on, of a plan that graphs can run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,9 @@ class Ops:
     rope_kv_write: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
-    plan: Callable[[Rows, torch.device], Plan]
+    plan: Callable[[Rows, Put], Plan]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Any, Tensor, float], Tensor]
-    route: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
     pack: Callable[[Any], Any]
     experts: Callable[
         [Tensor, Tensor, Tensor, Any, Tensor, Any, Tensor | None, int, float, float], Tensor

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mxfp4 import MXFP4
-from kernels.reference import Rows, expert
+from kernels.reference import Put, Rows, expert
 
 ROWS = 16
 KEYS = 64
@@ -51,8 +51,8 @@ class TilePlan:
     gather: Tensor  # int64 [T]: the tile row of each token
 
 
-def plan(rows: Rows, device: torch.device) -> TilePlan:
-    tokens = int(rows.counts.sum())
+def plan(rows: Rows, put: Put) -> TilePlan:
+    tokens = rows.tokens
     tiles = []  # (number of key tiles, row, first query position, first key tile)
     for at, (begin, count) in enumerate(
         zip(rows.starts.tolist(), rows.counts.tolist(), strict=True)
@@ -84,12 +84,8 @@ def plan(rows: Rows, device: torch.device) -> TilePlan:
         slots = torch.where(held, slots, rows.zero_block * rows.block_size)
         visible = (key[:, None, :] <= pos[:, :, None]) & real[:active, :, None]
         visible &= key[:, None, :] >= rows.first_key(pos)[:, :, None]
-        key_tiles.append(
-            _KeyTile(active, slots.flatten().to(device), visible.to(device)[:, None, :, None, :])
-        )
-    return TilePlan(
-        rows.written().to(device), queries.flatten().to(device), key_tiles, gather.to(device)
-    )
+        key_tiles.append(_KeyTile(active, put(slots.flatten()), put(visible)[:, None, :, None, :]))
+    return TilePlan(put(rows.written()), put(queries.flatten()), key_tiles, put(gather))
 
 
 def paged_attention(

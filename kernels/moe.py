@@ -100,7 +100,14 @@ def _unpack(words, scales, j: tl.constexpr, WIDE: tl.constexpr):  # type: ignore
 
 @triton.jit
 def _route(  # type: ignore[no-untyped-def]
-    logits_ptr, ids_ptr, weights_ptr, experts, k, CHOICES: tl.constexpr, EXPERTS: tl.constexpr
+    logits_ptr,
+    slots_ptr,
+    ids_ptr,
+    weights_ptr,
+    experts,
+    k,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Grid (T): the k largest logits, the lower id first among equals, and their softmax."""
     token = tl.program_id(0).to(tl.int64)
@@ -119,6 +126,7 @@ def _route(  # type: ignore[no-untyped-def]
         logits = tl.where(index == best, float("-inf"), logits)
     weights = tl.exp(tops - tl.max(tops, 0))
     weights /= tl.sum(weights, 0)
+    ids = tl.where(tl.load(slots_ptr + token) < 0, -1, ids)
     tl.store(ids_ptr + token * k + choices, ids, mask=choices < k)
     tl.store(weights_ptr + token * k + choices, weights, mask=choices < k)
 
@@ -259,7 +267,7 @@ def _add_pairs(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + token * width + n, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, k: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """See ``kernels.reference.route``; ids are int32."""
     tokens, experts = logits.shape
     assert logits.is_contiguous()
@@ -269,6 +277,7 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         _route,
         (tokens,),
         logits,
+        slots,
         ids,
         weights,
         experts,

@@ -8,7 +8,7 @@ Source of the model's mathematics: the gpt-oss model card, arXiv:2508.10925.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +22,18 @@ from kernels.mxfp4 import MXFP4, dequantize
 class Rows:
     """One step's rows in one KV group: row r computes positions starts[r] .. + counts[r].
 
-    All tensors are int64 on the CPU. ``tables`` [R, blocks] maps a row's position p to block
-    tables[r][p // block_size]; entries that the group's window has left, or past the last
+    Tensors of R are int64 on the CPU. Position p of row r is in block
+    tables[lines[r]][p // block_size]; entries that the group's window has left, or past the last
     position, are never read. The cache holds ``zero_block`` beyond the pool: all of it is always 0.
+    Rows of no tokens at the end are padding, and so are tokens beyond those of the rows.
     """
 
     starts: Tensor
     counts: Tensor
-    tables: Tensor
+    lines: Tensor
+    tables: Tensor  # int32 [lines, blocks] on the CPU
+    resident: Tensor  # the same on the device
+    tokens: int  # T
     block_size: int
     zero_block: int
     window: int = 0  # a token sees the last so many, itself included; 0: all
@@ -37,15 +41,15 @@ class Rows:
 
     def slots(self, row: Tensor | int, positions: Tensor) -> Tensor:
         """Slots of a row's positions (or of pairs of row and position)."""
-        blocks = self.tables[row, positions // self.block_size]
+        blocks = self.tables[self.lines[row], positions // self.block_size].long()
         return blocks * self.block_size + positions % self.block_size
 
     def written(self) -> Tensor:
-        """[T] the slot that each new token's key and value go to."""
+        """[T] the slot that each new token's key and value go to; -1 for padding."""
         rows = torch.repeat_interleave(self.counts)
         before = self.counts.cumsum(0) - self.counts
         positions = torch.arange(len(rows)) - (before - self.starts)[rows]
-        return self.slots(rows, positions)
+        return F.pad(self.slots(rows, positions), (0, self.tokens - len(rows)), value=-1)
 
     def first_key(self, position: Tensor) -> Tensor:
         """The first position that a query at ``position`` sees; the last is its own."""
@@ -72,7 +76,10 @@ class Plan:
     spans: Sequence[Span]
 
 
-def plan(rows: Rows, device: torch.device) -> Plan:
+Put = Callable[[Tensor], Tensor]  # a tensor on the CPU, where the kernels run
+
+
+def plan(rows: Rows, put: Put) -> Plan:
     spans = []
     at = 0
     for row, (start, count) in enumerate(
@@ -81,9 +88,9 @@ def plan(rows: Rows, device: torch.device) -> Plan:
         query = torch.arange(start, start + count)[:, None]
         key = torch.arange(int(rows.first_key(query[0])), start + count)
         visible = (key <= query) & (key >= rows.first_key(query))
-        spans.append(Span(at, count, rows.slots(row, key).to(device), visible.to(device)))
+        spans.append(Span(at, count, put(rows.slots(row, key)), put(visible)))
         at += count
-    return Plan(rows.written().to(device), spans)
+    return Plan(put(rows.written()), spans)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool = False) -> Tensor:
@@ -135,7 +142,9 @@ def rope_kv_write(
     interleaved: bool = False,
 ) -> Tensor:
     """Rotate q [T, H, d] and k [T, KV, d]; store k and v in the caches [S, KV, d] at ``slots``
-    int64 [T]; return q. Caches may be fp8 (e4m3): what it cannot hold becomes its largest value."""
+    int64 [T]; return q. Caches may be fp8 (e4m3): what it cannot hold becomes its largest value.
+
+    Padding has negative slots and is not stored, on devices that pad."""
     k = rope(k, cos, sin, interleaved)
     if k_cache.dtype == torch.float8_e4m3fn:
         k, v = (t.clamp(-448, 448).to(k_cache.dtype).view(torch.uint8) for t in (k, v))
@@ -167,9 +176,13 @@ def paged_attention(
     return out.flatten(1)
 
 
-def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[T, experts] -> ids int64 [T, k] and weights fp32 [T, k]: softmax over the top k only."""
+def route(logits: Tensor, k: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, experts] -> ids int64 [T, k] and weights fp32 [T, k]: softmax over the top k only.
+
+    A token whose KV slot (int64 [T]) is negative is padding and goes to no expert: its ids are -1.
+    """
     top, ids = logits.topk(k, dim=-1)
+    ids = ids.masked_fill_(slots[:, None] < 0, -1)
     return ids, top.softmax(dim=-1, dtype=torch.float32)
 
 

@@ -51,21 +51,22 @@ def _rope_kv_write(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + (token * heads + head[:, None]) * D + columns[None, :], out, mask=inside)
     else:
         slot = tl.load(slots_ptr + token) * slot_stride
-        for first in range(0, kv_heads, HEADS):
-            kv = first + head
-            inside = (kv < kv_heads)[:, None]
-            row = k_ptr + token * k_stride + kv[:, None] * D
-            x = tl.load(row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(row + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-            k = x * cos + y * sin
-            v_at = v_ptr + token * v_stride + kv[:, None] * D + columns[None, :]
-            v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
-            if FP8:  # beyond its range e4m3 has only NaN
-                k = tl.clamp(k, -448.0, 448.0)
-                v = tl.clamp(v, -448.0, 448.0)
-            at = slot + kv[:, None] * D + columns[None, :]
-            tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
-            tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+        if slot >= 0:
+            for first in range(0, kv_heads, HEADS):
+                kv = first + head
+                inside = (kv < kv_heads)[:, None]
+                row = k_ptr + token * k_stride + kv[:, None] * D
+                x = tl.load(row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+                y = tl.load(row + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+                k = x * cos + y * sin
+                v_at = v_ptr + token * v_stride + kv[:, None] * D + columns[None, :]
+                v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
+                if FP8:  # beyond its range e4m3 has only NaN
+                    k = tl.clamp(k, -448.0, 448.0)
+                    v = tl.clamp(v, -448.0, 448.0)
+                at = slot + kv[:, None] * D + columns[None, :]
+                tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+                tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def rope_kv_write(

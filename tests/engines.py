@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from workers.config import ModelSpec
+from workers.engine import Steps
 from workers.rank import Rank
 from workers.runner import Runner
 from workers.scheduler import Scheduler
@@ -38,8 +39,9 @@ class Engine:
         for request in requests:
             for output in self.scheduler.add(request, 0.0):
                 raise ValueError(output.detail)
+        steps = Steps(self.scheduler, self.runner)
         while self.scheduler.has_work():
-            for output in self.step():
+            for output in steps.next():
                 assert output.offset == len(tokens[output.id]), "a gap or a repeat"
                 tokens[output.id] += output.tokens
         self.scheduler.check()

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from tests.oracle import U64, attend, embed, layers, mask, mix, sample
 from workers.config import KVConfig, SchedulerConfig
+from workers.device import Staging
 from workers.wire import Batch, Join, StepResult
 
 Ints = npt.NDArray[np.int64]
+
+
+class Replaying:
+    """A device with graphs, on a CPU: what was recorded is computed again from the very tensors it
+    was recorded with. What a step leaves elsewhere is lost, as it is on a GPU."""
+
+    graphs = True
+    ahead = 2
+
+    def __init__(self, size: int) -> None:
+        self._staging = Staging(size, torch.device("cpu"), pinned=False)
+        self.put = self._staging.put
+        self.captured = self.replayed = 0
+
+    def flush(self) -> None:
+        self._staging.flush()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        copy = tensor.clone()
+        return lambda: copy
+
+    def capture(self, compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.captured += 1
+        results = [torch.zeros_like(tensor) for tensor in compute()]
+
+        def replay() -> None:
+            self.replayed += 1
+            for kept, new in zip(results, compute(), strict=True):
+                kept.copy_(new)
+
+        return results, replay
 
 
 class FakeRunner:
@@ -22,8 +61,8 @@ class FakeRunner:
     all give other tokens than ``tests.oracle.next_token``.
     """
 
-    def __init__(self, config: SchedulerConfig, kv: KVConfig, vocab: int) -> None:
-        self.kv, self.vocab = kv, vocab
+    def __init__(self, config: SchedulerConfig, kv: KVConfig, vocab: int, ahead: int = 1) -> None:
+        self.kv, self.vocab, self.ahead = kv, vocab, ahead
         pages = -(-config.max_model_len // kv.block_size)
         shape = (config.max_num_seqs, len(kv.groups), pages)
         self.tables = np.full(shape, -1, np.int64)

@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     Mutant(
         "workers/model.py",
-        "ids, weights = ops.route(self.router(h), self.k)",
-        "ids, weights = ops.route(self.router(h) - self.router.bias, self.k)",
+        "ids, weights = ops.route(self.router(h), self.k, plan.slots)",
+        "ids, weights = ops.route(self.router(h) - self.router.bias, self.k, plan.slots)",
         BF16,
         "the router has a bias",
     ),

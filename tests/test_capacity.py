@@ -79,5 +79,5 @@ def test_the_advised_memory_is_enough() -> None:
 def test_defaults() -> None:
     assert default_kv_bytes(100 << 30, ModelSpec(), cuda=False) == 1 << 30
     assert default_kv_bytes(1 << 30, ModelSpec(), cuda=False) == 1 << 28
-    assert default_kv_bytes(10 << 30, ModelSpec(), cuda=True) == 9 << 30
+    assert default_kv_bytes(10 << 30, ModelSpec(), cuda=True) == 10 << 30
     assert default_kv_bytes(10 << 30, ModelSpec(kv_cache_memory=5), cuda=True) == 5

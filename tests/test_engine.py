@@ -68,6 +68,7 @@ class Gate:
 
     def __init__(self, inner: FakeRunner) -> None:
         self.inner, self.steps = inner, threading.Semaphore(0)
+        self.ahead = inner.ahead
         self.failure: Exception | None = None
 
     def launch(self, batch: Batch) -> int:
@@ -80,8 +81,8 @@ class Gate:
         return self.inner.collect(handle)
 
 
-def runner() -> FakeRunner:
-    return FakeRunner(CONFIG, KV, VOCAB)
+def runner(ahead: int = 1) -> FakeRunner:
+    return FakeRunner(CONFIG, KV, VOCAB, ahead)
 
 
 def start(loop: EngineLoop) -> None:
@@ -102,11 +103,15 @@ def loops() -> Iterator[list[EngineLoop]]:
         loop.stop()
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_requests_from_many_threads_end_as_they_would_alone(
-    published: Published, loops: list[EngineLoop]
+    published: Published, loops: list[EngineLoop], ahead: int
 ) -> None:
+    """Also where steps are launched before the results of earlier ones are known."""
     rounds: list[None] = []
-    loop = EngineLoop(Scheduler(CONFIG, KV), runner(), published, round=lambda: rounds.append(None))
+    loop = EngineLoop(
+        Scheduler(CONFIG, KV), runner(ahead), published, round=lambda: rounds.append(None)
+    )
     loops.append(loop)
     start(loop)
     requests = [request("r" * n) for n in range(1, 13)]

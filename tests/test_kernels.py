@@ -54,7 +54,7 @@ class Scene:
         total = int(pages.sum()) + 3
         order = torch.randperm(total, generator=draw).numpy()
         # Stale entries, before the window and past the end, lead to a block that nobody owns.
-        tables = np.full((len(rows), int(pages.max()) + 1), order[-1], np.int64)
+        tables = np.full((len(rows), int(pages.max()) + 1), order[-1], np.int32)
         cache = torch.full((2, total + 1, block_size, kv_heads, size), torch.nan, dtype=dtype)
         cache[:, total] = 0
         self.keys: list[Tensor] = []
@@ -76,7 +76,10 @@ class Scene:
         self.rows = Rows(
             torch.from_numpy(self.starts),
             torch.from_numpy(self.counts),
+            torch.arange(len(rows)),
             torch.from_numpy(tables),
+            torch.from_numpy(tables),
+            int(self.counts.sum()),
             block_size,
             total,
             window,
@@ -88,7 +91,7 @@ class Scene:
 
     def attend(self, kernels: object) -> Tensor:
         """Write the step's keys and values, then attend, with one implementation."""
-        plan = kernels.plan(self.rows, torch.device("cpu"))  # type: ignore[attr-defined]
+        plan = kernels.plan(self.rows, lambda tensor: tensor)  # type: ignore[attr-defined]
         k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
         new = [slice(int(s), int(s + c)) for s, c in zip(self.starts, self.counts, strict=True)]
         k = torch.cat([k[part] for k, part in zip(self.keys, new, strict=True)])
@@ -166,7 +169,7 @@ def experts_case(
     x, logits = randn(tokens, hidden), randn(tokens, count)
     w13, b13 = randn(count, 2 * inner, hidden) * 0.5, randn(count, 2 * inner)
     w2, b2 = randn(count, hidden, inner) * 0.2, randn(count, hidden)
-    ids, weights = reference.route(logits, k)
+    ids, weights = reference.route(logits, k, torch.arange(len(logits)))
     if mxfp4:
         w13, w2 = (dequantize(MXFP4(*quantize_mxfp4(w)), dtype) for w in (w13, w2))
     x, w13, b13, w2, b2 = (t.to(dtype) for t in (x, w13, b13, w2, b2))
@@ -275,7 +278,7 @@ def test_rope_turns_pairs_of_halves() -> None:
 
 def test_route_weighs_the_chosen_experts_only() -> None:
     logits = torch.tensor([[1.0, 5.0, 3.0, -2.0], [0.0, 0.0, 9.0, 1.0]])
-    ids, weights = reference.route(logits, 2)
+    ids, weights = reference.route(logits, 2, torch.arange(len(logits)))
     assert ids.tolist() == [[1, 2], [2, 3]]
     expected = torch.stack((logits[0, [1, 2]].softmax(0), logits[1, [2, 3]].softmax(0)))
     torch.testing.assert_close(weights, expected)

@@ -27,12 +27,19 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 def default_kv_bytes(free: int, spec: ModelSpec, cuda: bool) -> int:
-    """KV bytes of a rank with ``free`` bytes left for it after the weights."""
+    """KV bytes of a rank that may take ``free`` at most."""
     if spec.kv_cache_memory is not None:
         return spec.kv_cache_memory
-    if cuda:
-        return int(free * spec.gpu_memory_utilization)
-    return min(GIB, free // 4)
+    return free if cuda else min(GIB, free // 4)
+
+
+def device_room(total: int, free: int, activations: int, utilization: float) -> int:
+    """KV bytes on a GPU of ``total`` bytes that has ``free`` ones beside the weights.
+
+    ``utilization`` is the share of the whole GPU that may be used at all. The largest step takes
+    ``activations`` bytes, and captured graphs keep at most as much again for themselves.
+    """
+    return max(0, int(total * utilization) - (total - free) - 2 * activations)
 
 
 def default_batched_tokens(spec: ModelSpec, cuda: bool) -> int:

@@ -11,6 +11,7 @@ import gc
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,9 +39,43 @@ def settle_garbage_collection() -> None:
 
 
 class Runner(Protocol):
+    @property
+    def ahead(self) -> int:
+        """How many steps may be launched before the first one is collected."""
+
     def launch(self, batch: Batch) -> Any: ...
 
     def collect(self, handle: Any) -> StepResult: ...
+
+
+class Steps:
+    """Plans, launches and commits, as many steps ahead of their results as the runner allows.
+
+    ``tell`` hears of every batch before it is launched.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        tell: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        self._scheduler, self._runner, self._tell = scheduler, runner, tell
+        self._flying: deque[tuple[Batch, Any]] = deque()
+
+    def next(self) -> list[Output]:
+        """Launch one more step, if there is one, and take the result that is due, if one is."""
+        batch = self._scheduler.plan(time.monotonic())
+        if self._flying and not len(batch):
+            self._scheduler.rollback(batch)  # all that could run waits for a result
+        else:
+            self._tell(batch)
+            self._flying.append((batch, self._runner.launch(batch)))
+            if len(self._flying) < self._runner.ahead:
+                return []
+        batch, handle = self._flying.popleft()
+        result = self._runner.collect(handle)
+        return self._scheduler.commit(batch, result, time.monotonic())
 
 
 class EngineLoop:
@@ -62,7 +97,7 @@ class EngineLoop:
         ended: Callable[[], object] = lambda: None,
     ) -> None:
         self.failure: str | None = None
-        self._scheduler, self._runner = scheduler, runner
+        self._scheduler, self._steps = scheduler, Steps(scheduler, runner, self._begin)
         self._publish, self._leader, self._round, self._ended = publish, leader, round, ended
         self._inbox: list[Request | Abort] = []
         self._lock = threading.Lock()  # of the inbox and the failure
@@ -148,12 +183,9 @@ class EngineLoop:
         if self._idle:
             self._progress = time.monotonic()
             self._idle = self._audited = False
-        self._round()
-        batch = self._scheduler.plan(time.monotonic())
-        self._tell(batch)
-        result = self._runner.collect(self._runner.launch(batch))
+        outputs = self._steps.next()
         self._progress = time.monotonic()
-        self._emit(self._scheduler.commit(batch, result, self._progress))
+        self._emit(outputs)
 
     def _rest(self) -> None:
         """Until something arrives, a deadline passes, or the ranks must hear a sign of life."""
@@ -170,6 +202,10 @@ class EngineLoop:
         """Seconds until a request expires; None if none can."""
         deadline = self._scheduler.next_deadline()
         return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _begin(self, batch: Batch) -> None:
+        self._round()
+        self._tell(batch)
 
     def _tell(self, batch: Batch | None) -> None:
         if self._leader is not None:
@@ -202,10 +238,13 @@ def _error(request: Request, why: str) -> Output:
 
 def follow(follower: Follower, runner: Runner) -> None:
     """What a rank other than 0 does until rank 0 is gone. Raises PlanLost, and what a step does."""
+    flying: deque[Any] = deque()
     try:
         while True:
             batch = follower.receive()
             if batch is not None:
-                runner.collect(runner.launch(batch))
+                flying.append(runner.launch(batch))
+                if len(flying) == runner.ahead:
+                    runner.collect(flying.popleft())
     finally:
         follower.close()

@@ -79,7 +79,7 @@ class Block(nn.Module):
         h = ops.paged_attention(q, *cache, plan, self.sinks.weight, self.scale)
         delta = self.group.all_reduce(self.o(h))
         h, x = ops.add_rms_norm(delta, x, self.expert_norm.weight, self.eps)
-        ids, weights = ops.route(self.router(h), self.k)
+        ids, weights = ops.route(self.router(h), self.k, plan.slots)
         delta = self.group.all_reduce(self.experts(h, ids, weights))
         return x, delta, ids
 

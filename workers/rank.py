@@ -25,11 +25,18 @@ from parallelism.layers import Place
 from parallelism.layout import Layout, check
 from workers import weights
 from workers.architecture import Architecture, parse
-from workers.capacity import Capacity, capacity, default_batched_tokens, default_kv_bytes
-from workers.config import ModelSpec
+from workers.capacity import (
+    Capacity,
+    capacity,
+    default_batched_tokens,
+    default_kv_bytes,
+    device_room,
+)
+from workers.config import KVConfig, ModelSpec, SchedulerConfig
+from workers.device import Cuda, Host
 from workers.kvcache import KVCache
 from workers.model import Decoder
-from workers.runner import Runner
+from workers.runner import Runner, inputs_bytes
 from workers.scheduler import Scheduler
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -44,7 +51,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     threads: int
     weight_bytes: int
-    free_bytes: int  # of the device, after the weights
+    free_bytes: int  # for the KV cache at most
     kv_dtype_bytes: int
     seconds: float  # to load
     notes: list[str] = []
@@ -147,7 +154,7 @@ class Rank:
             device=str(self._device),
             threads=torch.get_num_threads(),
             weight_bytes=held(model),
-            free_bytes=self._free(),
+            free_bytes=self._room(),
             kv_dtype_bytes=self._dtype.itemsize,
             seconds=time.monotonic() - began,
             notes=[*notes, *_kernels(ops)],
@@ -172,6 +179,29 @@ class Rank:
             return torch.cuda.mem_get_info(self._device)[0]
         return int(psutil.virtual_memory().available) // self._world
 
+    def _room(self) -> int:
+        """Bytes for the KV cache: on CUDA, what the largest step leaves of this rank's share."""
+        if self._device.type != "cuda":
+            return self._free()
+        tokens = default_batched_tokens(self._spec, cuda=True)
+        groups = self.architecture.kv_groups(
+            self._spec.block_size, self._spec.tensor_parallel_size, self._dtype.itemsize
+        )
+        block = KVConfig(groups, 1, self._spec.block_size)
+        config = SchedulerConfig(
+            max_num_seqs=self._spec.max_num_seqs,
+            max_num_batched_tokens=tokens,
+            max_model_len=tokens + 1,
+            eos_token_ids=(),
+        )
+        before = torch.cuda.memory_allocated(self._device)
+        self._runner(block, config, graphs=False).rehearse(tokens)
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return device_room(total, free, peak, self._spec.gpu_memory_utilization)
+
     def plan(self, free: int) -> Capacity:
         """The KV pool where every rank has ``free`` bytes. Raises TooLittleMemory."""
         cuda = self._device.type == "cuda"
@@ -188,14 +218,22 @@ class Rank:
         return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._dtype))
 
     def allocate(self, plan: Capacity) -> Runner:
-        """Take the KV cache's memory."""
+        """Take the KV cache's memory, and capture graphs where there are any."""
+        runner = self._runner(plan.kv, plan.scheduler, graphs=self._spec.kernels != "reference")
+        runner.capture()
+        return runner
+
+    def _runner(self, kv: KVConfig, config: SchedulerConfig, graphs: bool) -> Runner:
         assert self._model is not None, "load first"
         assert self._place is not None, "load first"
         first, last = self._layout.heads(self.architecture.num_kv_heads)
-        cache = KVCache(
-            plan.kv, last - first, self.architecture.head_dim, self._dtype, self._device
+        cache = KVCache(kv, last - first, self.architecture.head_dim, self._dtype, self._device)
+        device = (
+            Cuda(self._device, inputs_bytes(config), graphs)
+            if self._device.type == "cuda"
+            else Host()
         )
-        return Runner(self._model, cache, plan.scheduler, self._place)
+        return Runner(self._model, cache, config, self._place, device)
 
 
 def _capability(device: torch.device) -> int:

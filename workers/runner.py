@@ -1,20 +1,44 @@
-"""Runs steps on one rank: from a Batch to the model's inputs, and from logits to tokens."""
+"""Runs steps on one rank: from a Batch to the model's inputs, and from logits to tokens.
+
+A step is laid out on the host (``prepare``), sent in one copy, and computed on the device without
+the host waiting for anything (``compute``), so that the next one can be planned and launched
+meanwhile. Where the device has graphs, steps that only decode are padded to the next size of a
+ladder and replayed; what a graph depends on beyond that size is ``Plan.key``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Plan
 from kernels.reference import Rows
 from parallelism.layers import Place
-from workers.config import SchedulerConfig
+from workers.config import KVGroup, SchedulerConfig
+from workers.device import Device
 from workers.kvcache import KVCache
 from workers.model import Decoder
 from workers.sampler import Sampler
 from workers.wire import Batch, StepResult
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step's inputs on the device: T tokens, S of which are followed by a new one."""
+
+    tokens: Tensor  # int64 [T]; -1: the one last sampled in the slot
+    slots: Tensor  # int64 [T] of each token's sequence
+    positions: Tensor  # int64 [T]
+    last: Tensor  # int64 [S]
+    plans: Sequence[Plan]  # by KV group
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,87 +46,210 @@ class Launched:
     """A step on its way."""
 
     step: int
-    tokens: Tensor  # int64 [S]
-    experts: Tensor | None  # int64 [layers, T, k]; rank 0 only
+    tokens: Callable[[], Tensor]  # int64 [S]
+    hits: Callable[[], Tensor] | None  # int64 [experts] tokens of each; rank 0 only
+
+
+def ladder(most: int) -> list[int]:
+    """Batch sizes of captured decode steps: powers of two up to 32, then multiples of 32."""
+    sizes = [1 << i for i in range(6)] + [*range(64, most + 1, 32)]
+    return [size for size in sizes if size < most] + [most]
+
+
+def inputs_bytes(config: SchedulerConfig) -> int:
+    """More than enough for all that a step puts on the device: a few numbers for every token and
+    row, in every KV group."""
+    return 256 * (config.max_num_batched_tokens + config.max_num_seqs) + (64 << 10)
 
 
 class Runner:
     """Holds what steps leave behind for the next: block tables and the last token of every slot."""
 
     def __init__(
-        self, model: Decoder, cache: KVCache, config: SchedulerConfig, place: Place
+        self, model: Decoder, cache: KVCache, config: SchedulerConfig, place: Place, device: Device
     ) -> None:
-        self._model, self._cache = model, cache
-        self._group, self._layout = place.group, place.layout
-        self._sampler = Sampler(config.max_num_seqs, config.eos_token_ids)
-        self._joined = np.zeros(config.max_num_seqs, bool)
-        self._tables = np.zeros((len(cache.config.groups), config.max_num_seqs, 8), np.int32)
-        self._last = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=cache.arena.device)
+        self._model, self._cache, self._device = model, cache, device
+        self._group, self._layout, self._config = place.group, place.layout, config
+        slots = config.max_num_seqs
+        self._sampler = Sampler(slots, config.eos_token_ids)
+        self._joined = np.zeros(slots, bool)
+        pages = -(-config.max_model_len // cache.config.block_size)
+        tables = torch.zeros(len(cache.config.groups), slots, pages, dtype=torch.int32)
+        self._tables = tables.numpy()
+        # The kernels' own copy, which on a CPU is the same memory.
+        self._resident = tables.to(cache.arena.device)
+        self._last = torch.zeros(slots, dtype=torch.int64, device=cache.arena.device)
+        self._graphs: dict[Hashable, tuple[tuple[Tensor, Tensor], Callable[[], None]]] = {}
+        self._ladder = ladder(slots) if device.graphs else []
+
+    @property
+    def ahead(self) -> int:
+        """How many steps may be launched before the first one is collected."""
+        return self._device.ahead
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
         self._enter(batch)
-        device = self._last.device
         if not len(batch):
-            return Launched(batch.step, self._last[:0], None)
-        slots = np.frombuffer(batch.slots, np.int32).astype(np.int64)
-        starts = np.frombuffer(batch.starts, np.int32).astype(np.int64)
-        counts = np.frombuffer(batch.counts, np.int32).astype(np.int64)
-        given = np.frombuffer(batch.given, np.uint8).astype(bool)
-        samples = np.frombuffer(batch.samples, np.uint8).astype(bool)
+            return Launched(batch.step, lambda: self._last[:0], None)
+        slots, starts, counts, _, samples = _columns(batch)
+        step = self.prepare(batch)
+        if self._decoding(counts, samples):
+            (logits, hits), replay = self._graph(step)
+            replay()
+        else:
+            logits, hits = self.compute(step)
+        seats = slots[samples]
+        chosen = self._choose(logits[: len(seats)], seats, (starts + counts)[samples])
+        self._last[self._device.send(torch.from_numpy(seats))] = chosen
+        fetch = self._device.fetch
+        mine = self._group.rank == 0
+        return Launched(batch.step, fetch(chosen), fetch(hits) if mine else None)
+
+    def collect(self, launched: Launched) -> StepResult:
+        calls: list[int] = []
+        if launched.hits is not None:
+            calls = self._layout.calls_by_rank(launched.hits().tolist())
+        return StepResult(launched.step, launched.tokens().tolist(), expert_calls=calls)
+
+    def prepare(self, batch: Batch) -> Step:
+        """A step's inputs, sent to the device."""
+        slots, starts, counts, given, samples = _columns(batch)
         assert self._joined[slots].all(), f"step {batch.step} names a slot that nobody joined"
         assert (counts[~given] == 1).all(), f"step {batch.step} continues by more than one token"
         ends = counts.cumsum()
         positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
-        tokens = torch.from_numpy(np.repeat(slots, counts)).to(device)
-        tokens = self._last.index_select(0, tokens)
-        if given.any():
-            ids = torch.from_numpy(np.frombuffer(batch.tokens, np.int32).astype(np.int64))
-            tokens[torch.from_numpy(np.repeat(given, counts)).to(device)] = ids.to(device)
-        plans = [
-            self._model.ops.plan(
-                Rows(
-                    torch.from_numpy(starts),
-                    torch.from_numpy(counts),
-                    torch.from_numpy(tables[slots].astype(np.int64)),
-                    self._cache.config.block_size,
-                    self._cache.zero_block,
-                    **({group.kind: group.size} if group.size else {}),
-                ),
-                device,
-            )
-            for group, tables in zip(self._cache.config.groups, self._tables, strict=True)
-        ]
-        last = torch.from_numpy(ends[samples] - 1).to(device)
-        logits, experts = self._model(
-            tokens, torch.from_numpy(positions).to(device), plans, self._cache, last
-        )
-        chosen = self._choose(logits, slots[samples], (starts + counts)[samples])
-        self._last[torch.from_numpy(slots[samples]).to(device)] = chosen
-        return Launched(batch.step, chosen, experts if self._group.rank == 0 else None)
+        tokens = np.full(ends[-1], -1)
+        tokens[np.repeat(given, counts)] = np.frombuffer(batch.tokens, np.int32)
+        last, padding = ends[samples] - 1, 0
+        if self._decoding(counts, samples):
+            size = next(size for size in self._ladder if size >= len(slots))
+            last, padding = np.arange(size), size - len(slots)
+        columns = [slots, starts, counts, tokens, np.repeat(slots, counts), positions]
+        return self._send(last, *(np.pad(column, (0, padding)) for column in columns))
 
-    def collect(self, launched: Launched) -> StepResult:
-        calls: list[int] = []
-        if launched.experts is not None:
-            hit = torch.bincount(launched.experts.flatten(), minlength=self._model.arch.num_experts)
-            calls = self._layout.calls_by_rank(hit.tolist())
-        return StepResult(launched.step, launched.tokens.tolist(), expert_calls=calls)
+    def _send(
+        self,
+        last: Ints,
+        slots: Ints,
+        starts: Ints,
+        counts: Ints,
+        tokens: Ints,
+        token_slots: Ints,
+        positions: Ints,
+    ) -> Step:
+        """Columns of R rows, then of T tokens; rows of no tokens and tokens of no row, both at the
+        end, are padding."""
+        put, config = self._device.put, self._cache.config
+
+        def plan(group: KVGroup, tables: npt.NDArray[np.int32], resident: Tensor) -> Plan:
+            rows = Rows(
+                starts=torch.from_numpy(starts),
+                counts=torch.from_numpy(counts),
+                lines=torch.from_numpy(slots),
+                tables=torch.from_numpy(tables),
+                resident=resident,
+                tokens=len(tokens),
+                block_size=config.block_size,
+                zero_block=self._cache.zero_block,
+                window=group.size if group.kind == "window" else 0,
+                chunk=group.size if group.kind == "chunk" else 0,
+            )
+            return self._model.ops.plan(rows, put)
+
+        step = Step(
+            tokens=put(torch.from_numpy(tokens)),
+            slots=put(torch.from_numpy(token_slots)),
+            positions=put(torch.from_numpy(positions)),
+            last=put(torch.from_numpy(last)),
+            plans=[
+                plan(*group)
+                for group in zip(config.groups, self._tables, self._resident, strict=True)
+            ],
+        )
+        self._device.flush()
+        return step
+
+    def compute(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits [S, vocabulary] and the tokens of every expert, int64 [experts]; on the device."""
+        tokens = torch.where(step.tokens < 0, self._last[step.slots], step.tokens)
+        logits, experts = self._model(tokens, step.positions, step.plans, self._cache, step.last)
+        number = self._model.arch.num_experts
+        ids = experts.flatten().long()
+        ids = torch.where(ids < 0, number, ids)  # padding
+        hits = torch.zeros(number + 1, dtype=torch.int64, device=ids.device)
+        return logits, hits.index_add_(0, ids, torch.ones_like(ids))[:number]
+
+    @torch.inference_mode()
+    def capture(self) -> int:
+        """Record the decode steps that may come, if the device has graphs; how many."""
+        longest = self._config.max_model_len
+        for size in self._ladder:
+            none = np.zeros(size, np.int64)
+            for length in [*(1 << i for i in range(longest.bit_length())), longest]:
+                starts = np.full(size, length - 1)
+                self._graph(self._send(np.arange(size), none, starts, none, none, none, none))
+        return len(self._graphs)
+
+    @torch.inference_mode()
+    def rehearse(self, tokens: int) -> None:
+        """Compute the largest step there can be, of empty sequences: for who measures memory."""
+        rows = min(self._config.max_num_seqs, tokens)
+        counts = np.full(rows, tokens // rows)
+        counts[: tokens % rows] += 1
+        slots, starts = np.arange(rows), np.zeros(rows, np.int64)
+        ends = counts.cumsum()
+        positions = np.arange(tokens) - np.repeat(ends - counts, counts)
+        token_slots = np.repeat(slots, counts)
+        step = self._send(ends - 1, slots, starts, counts, token_slots * 0, token_slots, positions)
+        logits, _ = self.compute(step)
+        self._sampler(logits, slots, ends)
+
+    def _graph(self, step: Step) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+        """Where a recorded step leaves its result, and what computes it from the last inputs."""
+        key = (len(step.tokens), *(plan.key for plan in step.plans))
+        if key not in self._graphs:
+            self._graphs[key] = self._device.capture(lambda: self.compute(step))
+        return self._graphs[key]
+
+    def _decoding(self, counts: Ints, samples: Bools) -> bool:
+        """Whether the step is one that graphs exist for."""
+        return bool(self._ladder) and bool((counts == 1).all() and samples.all())
 
     def _enter(self, batch: Batch) -> None:
+        """What the step brings: sequences for slots, blocks for tables."""
         for join in batch.joins:
             self._joined[join.slot] = True
             self._sampler.join(join)
+        changed = []
         for table in batch.tables:
             end = table.first + len(table.blocks)
-            if end > self._tables.shape[2]:
-                grown = max(end, 2 * self._tables.shape[2]) - self._tables.shape[2]
-                self._tables = np.pad(self._tables, ((0, 0), (0, 0), (0, grown)))
             self._tables[table.group, table.slot, table.first : end] = table.blocks
+            line = (table.group * self._tables.shape[1] + table.slot) * self._tables.shape[2]
+            changed.append(np.arange(line + table.first, line + end))
+        if changed and self._resident.device.type != "cpu":
+            # As the host has them now: a slot may have changed hands within the step.
+            at = np.concatenate(changed)
+            send = self._device.send
+            blocks = torch.from_numpy(self._tables.reshape(-1)[at])
+            self._resident.view(-1).index_copy_(0, send(torch.from_numpy(at)), send(blocks))
 
-    def _choose(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+    def _choose(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Rank 0 samples; every rank learns the tokens, since the next step starts from them."""
         if self._group.rank == 0:
             tokens = self._sampler(logits, slots, positions)
         else:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
         return self._group.broadcast(tokens, 0) if len(slots) else tokens
+
+
+def _columns(batch: Batch) -> tuple[Ints, Ints, Ints, Bools, Bools]:
+    """Slots, starts, counts, given and samples of the rows."""
+    slots, starts, counts = (
+        np.frombuffer(column, np.int32).astype(np.int64)
+        for column in (batch.slots, batch.starts, batch.counts)
+    )
+    given, samples = (
+        np.frombuffer(column, np.uint8).astype(bool) for column in (batch.given, batch.samples)
+    )
+    return slots, starts, counts, given, samples

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kernels import attention, configurations
 from kernels.attention import PagedPlan
-from kernels.reference import Rows
+from kernels.reference import Put, Rows
 from tests.test_kernels import BATCHES, Scene, assert_batch_invariant
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -28,8 +28,8 @@ class Paged:
                 heads // kv_heads, kv_heads, small, small, 264, span, span if invariant else 0
             )
 
-    def plan(self, rows: Rows, device: torch.device) -> PagedPlan:
-        return attention.plan(rows, device, self.config)
+    def plan(self, rows: Rows, put: Put) -> PagedPlan:
+        return attention.plan(rows, put, self.config)
 
     paged_attention = staticmethod(attention.paged_attention)
 

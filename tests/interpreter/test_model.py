@@ -8,8 +8,10 @@ import pytest
 
 from cluster.llm import LLM, SamplingParams
 from tests.checkpoints import tiny_gpt_oss
-from tests.engines import prompts
+from tests.engines import Engine, greedy, prompts
+from tests.fakes import Replaying
 from workers.config import Kernels
+from workers.runner import Runner, inputs_bytes
 
 PARAMS = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
@@ -34,3 +36,31 @@ def test_tokens_equal_the_references(tmp_path: Path, invariant: bool) -> None:
         return [completion.token_ids for completion in llm.generate(asked, PARAMS)]
 
     assert tokens("triton", invariant) == tokens("reference")
+
+
+# Padding's attention is never written, and what memory held may be anything.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("invariant", [False, True])
+def test_graphs_change_no_token(tmp_path: Path, invariant: bool) -> None:
+    """Decode steps padded and replayed, two in the air, through a pool that preempts: tokens equal
+    those of eager steps, one at a time, on the reference kernels."""
+    directory = tiny_gpt_oss(tmp_path / "tiny")
+    requests = [greedy(str(n), ids, 12) for n, ids in enumerate(prompts(5, longest=30))]
+    spec = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
+    expected = Engine(directory, kernels="reference", **spec).generate(requests)
+
+    engine = Engine(
+        directory, kernels="triton", batch_invariant=invariant, kv_cache_memory=80_000, **spec
+    )
+    device = Replaying(inputs_bytes(engine.plan.scheduler))
+    assert engine.rank._place is not None
+    engine.runner = Runner(
+        engine.model, engine.runner._cache, engine.plan.scheduler, engine.rank._place, device
+    )
+    engine.runner.rehearse(16)
+    assert engine.runner.capture() == device.captured
+    captured = device.captured
+    assert engine.generate(requests) == expected
+    assert device.replayed > 10
+    assert device.captured == captured, "a decode step came that start-up had not captured"
+    assert engine.scheduler.load().preemptions

@@ -28,14 +28,17 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_route(experts: tuple[int, int]) -> None:
     count, k = experts
     logits = torch.randn(9, count, generator=torch.Generator().manual_seed(0))
-    expected_ids, expected = reference.route(logits, k)
-    ids, weights = moe.route(logits, k)
+    slots = torch.arange(9)
+    slots[-2:] = -1  # padding
+    expected_ids, expected = reference.route(logits, k, slots)
+    ids, weights = moe.route(logits, k, slots)
     assert torch.equal(ids.long(), expected_ids)
+    assert (ids[-2:] == -1).all()
     torch.testing.assert_close(weights, expected)
 
 
 def test_the_first_of_equal_logits_is_chosen() -> None:
-    ids, weights = moe.route(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 2)
+    ids, weights = moe.route(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 2, torch.zeros(1).long())
     assert ids.tolist() == [[1, 2]]
     assert weights.tolist() == [[0.5, 0.5]]
 
@@ -90,7 +93,7 @@ def test_experts(
         logits[:, 3 if skew == "one" else 14] += 100
     b13, b2 = randn(count, 2 * inner).to(dtype), randn(count, hidden).to(dtype)
     w13, w2 = randn(count, 2 * inner, hidden) * 0.3, randn(count, hidden, inner) * 0.3
-    ids, weights = reference.route(logits, 3)
+    ids, weights = reference.route(logits, 3, torch.arange(tokens))
     ids = ids.int()
     matrices = [MXFP4(*quantize_mxfp4(w)) if mxfp4 else w.to(dtype) for w in (w13, w2)]
     packed = [moe.pack(w) for w in matrices]
@@ -112,7 +115,7 @@ def test_rows_never_depend_on_their_batch(mxfp4: bool) -> None:
     matrices = torch.randn(8, 64, 64, generator=draw), torch.randn(8, 64, 32, generator=draw)
     w13, w2 = (moe.pack(MXFP4(*quantize_mxfp4(w)) if mxfp4 else w) for w in matrices)
     b13, b2 = torch.randn(2, 8, 64, generator=draw)
-    ids, weights = moe.route(logits, 3)
+    ids, weights = moe.route(logits, 3, torch.arange(70))
     config = configurations.experts("generic", invariant=True)
 
     def some(first: int, last: int) -> Tensor:
