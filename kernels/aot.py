@@ -112,6 +112,11 @@ def compile(launches: Iterable[Launch], arch: int, directory: Path) -> list[Vari
     return list(found.values())
 
 
+def triton_directory() -> Path:
+    """Where Triton keeps its cache: TRITON_CACHE_DIR, or a folder of its own."""
+    return Path(knobs.cache.dir)
+
+
 @contextmanager
 def targeting(arch: int, directory: Path) -> Iterator[None]:
     """Within it Triton compiles for ``arch`` and keeps what it compiles in ``directory``."""
@@ -135,15 +140,17 @@ def warm(launch: Launch) -> Any:
 
 
 def _address(tensor: torch.Tensor) -> _Address:
-    return _Address(tensor.dtype, ALIGNED + tensor.storage_offset() * tensor.itemsize)
+    return _Address(tensor.dtype, ALIGNED + int(tensor.storage_offset()) * tensor.itemsize)
 
 
-def verify(directory: Path) -> None:
+def verify(directory: Path | None = None) -> None:
     """Make a shipped cache fit for use: what is broken, or another Triton's, is removed with a
     warning, so that it is compiled anew; Triton's own lists of files get this directory's paths.
 
-    A directory without a manifest is left alone.
+    The directory is by default Triton's own, from TRITON_CACHE_DIR. Without a manifest it is left
+    alone.
     """
+    directory = triton_directory() if directory is None else directory
     if not (directory / MANIFEST).exists():
         return
     try:
@@ -323,13 +330,44 @@ def inspect(variant: Variant, scratch: Path) -> Code:
     )
 
 
+def row(variant: Variant, scratch: Path) -> dict[str, str | int]:
+    """A variant's line in a report."""
+    code = inspect(variant, scratch)
+    options = variant.launch.options
+    sizes = [f"{options[name]}" for name in ("ROWS", "COLUMNS", "KEYS", "DEPTH") if name in options]
+    flags = [
+        f"{name.lower()} {value}" if value is not True else name.lower()
+        for name, value in options.items()
+        if name in ("WINDOW", "CHUNK", "SPAN", "SPLIT", "UP", "ADD", "PACKED", "FP8") and value
+    ]
+    counted = [f"{number} {name}" for name, number in code.products.items()]
+    return {
+        "kernel": variant.name.lstrip("_"),
+        "arch": f"sm_{variant.arch}",
+        "tile": " x ".join(sizes),
+        "form": ", ".join(flags),
+        "warps": code.warps,
+        "registers": code.registers,
+        "spilled": code.spilled,
+        "shared": code.shared,
+        "tensor memory": code.tensor_memory,
+        "blocks": code.occupancy,
+        "products": ", ".join(counted),
+        "FFMA": code.ffma,
+        "copies": ", ".join(f"{number} {name}" for name, number in code.copies.items()),
+        "loads": ", ".join(f"{number} x {bits} b" for bits, number in code.loads.items()),
+    }
+
+
 def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
     """(label that precedes it or "", opcode, operands)."""
     label = ""
     for line in text.splitlines():
         if named := re.match(r"\s*(\.L_x_\d+):", line):
             label = named[1]
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)([^;]*);", line):
+        elif found := re.search(
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)([^;]*);", line
+        ):
             yield label, found[1], found[2]
             label = ""
 

@@ -13,6 +13,7 @@ SPAN set, a row's result is the same however it was batched, chunked or split.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -337,7 +338,7 @@ def paged_attention(
     assert k_cache.stride() == v_cache.stride() == (k_cache.stride(0), size, 1)
     config = plan.config
     out = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
-    shared = {
+    shared: dict[str, Any] = {
         "D": size,
         "GROUP": config.group,
         "WINDOW": plan.window,

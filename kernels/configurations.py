@@ -35,6 +35,14 @@ def family(arch: int) -> Family:
 Products = Literal["mma.sync", "wgmma", "tcgen05", "tcgen05.block_scale"]
 
 
+# Of tiles with 64 rows or more; smaller ones are mma.sync everywhere.
+PRODUCTS: dict[Family, Products] = {
+    "generic": "mma.sync",
+    "hopper": "wgmma",
+    "blackwell": "tcgen05",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     rows: int
@@ -70,7 +78,9 @@ def attention(arch: Family, heads: int, kv_heads: int, head_dim: int, invariant:
             "use --kernels reference"
         )
     rows = 64 if invariant or head_dim == 128 else 128
-    prefill = Tile(rows, 64, head_dim, 4 if rows == 64 else 8, 3)
+    # 128 rows with 8 warps spill on tcgen05.
+    warps = 4 if rows == 64 or arch == "blackwell" else 8
+    prefill = Tile(rows, 64, head_dim, warps, 3, PRODUCTS[arch])
     decode = prefill if invariant else Tile(16, 64, head_dim, 4, 4)
     return Attention(group, kv_heads, prefill, decode, 264, 256, 1024 if invariant else 0)
 
@@ -85,10 +95,10 @@ class Experts:
 
 
 def experts(arch: Family, invariant: bool) -> Experts:
-    small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)
+    small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3, PRODUCTS[arch])
     return Experts(large, large) if invariant else Experts(small, large)
 
 
 def linear(arch: Family) -> Tile:
     """Of batch-invariant dense layers."""
-    return Tile(64, 128, 64, 4, 3)
+    return Tile(64, 128, 64, 4, 3, PRODUCTS[arch])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,8 +26,9 @@ from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
 from parallelism.layout import Layout
+from workers import hub
 from workers import rank as ranks
-from workers.architecture import Architecture
+from workers.architecture import Architecture, parse
 from workers.capacity import default_batched_tokens
 from workers.config import KVConfig, ModelSpec
 from workers.kvcache import KVCache
@@ -82,7 +84,7 @@ class Dry:
         self.group = Recorder(rank, layout.tp)
         self._mode = FakeTensorMode()
         ops = ranks.kernels(architecture, layout, spec, CUDA, arch)
-        ops = replace(ops, pack=_once(ops.pack))
+        ops = replace(ops, pack=_one(ops.pack))
         self._place = Place(layout, self.group, ops, ranks.DTYPES[spec.dtype], CUDA)
         with self._mode, _Reads(lambda name: 0):
             self.model = Decoder(architecture, self._place)
@@ -99,6 +101,10 @@ class Dry:
         config = KVConfig(groups, blocks, spec.block_size)
         return KVCache(config, last - first, arch.head_dim, dtype, CUDA)
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        with self._mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+
     @property
     def held_bytes(self) -> int:
         """Of the weights, in the form in which the kernels read them."""
@@ -109,12 +115,22 @@ class Dry:
         starts, counts = torch.tensor(rows).unbind(1)
         cache, model = self.cache, self.model
         blocks = -(-int((starts + counts).max()) // cache.config.block_size)
-        tables = torch.arange(blocks).expand(len(rows), blocks)
+        tables = torch.arange(blocks, dtype=torch.int32).expand(len(rows), blocks)
         plans = []
         for group in cache.config.groups:
-            size = {group.kind: group.size} if group.size else {}
-            of = Rows(starts, counts, tables, cache.config.block_size, cache.zero_block, **size)
-            plans.append(model.ops.plan(of, torch.device("cpu")))
+            of = Rows(
+                starts=starts,
+                counts=counts,
+                lines=torch.arange(len(rows)),
+                tables=tables,
+                resident=self._on_device(tables),
+                tokens=int(counts.sum()),
+                block_size=cache.config.block_size,
+                zero_block=cache.zero_block,
+                window=group.size if group.kind == "window" else 0,
+                chunk=group.size if group.kind == "chunk" else 0,
+            )
+            plans.append(model.ops.plan(of, self._on_device))
         tokens = int(counts.sum())
         launches: list[Launch] = []
         self.group.seen = []
@@ -122,8 +138,17 @@ class Dry:
             ids, positions = (torch.empty(tokens, dtype=torch.int64, device=CUDA) for _ in "ab")
             last = torch.empty(len(rows), dtype=torch.int64, device=CUDA)
             with watched(launches.append):
-                logits, experts = model(ids, positions, _on_device(plans), cache, last)
+                logits, experts = model(ids, positions, plans, cache, last)
         return Step(launches, self.group.seen, logits, experts)
+
+
+def configuration(model: str) -> Architecture:
+    """Of a config.json, or of what ``workers.hub`` takes, without its weights. Raises NoModel,
+    CheckpointError, UnsupportedModel."""
+    file = Path(model).expanduser()
+    if file.is_file():
+        return parse(ranks.read_json(file))
+    return ranks.architecture(hub.resolve(model, weights=False))
 
 
 def launches(architecture: Architecture, spec: ModelSpec, arch: int) -> list[Launch]:
@@ -172,49 +197,51 @@ def _materialise(model: nn.Module) -> None:
             module.finish(dequantise=False)
 
 
-def _once(pack: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``pack``, which goes through every expert, only once for weights of equal shapes."""
-    seen: dict[tuple[Any, ...], Any] = {}
+def _one(pack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``pack``, which goes through every expert, of one expert only, grown to all of them."""
 
     def packed(w: Any) -> Any:
-        key = tuple((t.shape, t.dtype) for t in _tensors(w))
-        if key not in seen:
-            result = pack(w)
-            seen[key] = None if result is w else result
-        return w if seen[key] is None else _each(seen[key], torch.empty_like)
+        one = _each(w, lambda t: t.narrow(0, 0, 1))
+        result = pack(one)
+        if result is one:
+            return w
+        experts = len(w if isinstance(w, Tensor) else w.blocks)
+
+        def grow(tensor: Tensor) -> Tensor:
+            assert tensor.shape[0] == 1, "packed weights are kept by expert"
+            assert tensor.is_contiguous()
+            return tensor.new_empty(experts, *tensor.shape[1:])
+
+        return _each(result, grow)
 
     return packed
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with every tensor in it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_each(item, change) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
         changed = {f.name: _each(getattr(value, f.name), change) for f in fields(value)}
         return replace(value, **changed)
     return value
 
 
-def _on_device(plans: list[Any]) -> Any:
-    return _each(plans, lambda t: torch.empty(t.shape, dtype=t.dtype, device=CUDA))
-
-
 def _refuse(name: str) -> int:
     raise HostWait(f"{name} waits for the device")
 
 
-_READS = ("__int__", "__float__", "__bool__", "__index__", "item", "tolist", "cpu", "numpy")
+_READS = (
+    "__int__",
+    "__float__",
+    "__bool__",
+    "__index__",
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+)
 
 
 class _Reads(TorchFunctionMode):
@@ -285,6 +312,9 @@ _SPELT: dict[str, Callable[..., Tensor]] = {
 class _Stays(TorchDispatchMode):
     """Nothing in it goes from the device to the host, whichever way it is written."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -309,4 +339,3 @@ def _flat(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, tuple | list):
             found += _flat(value)
     return found
-

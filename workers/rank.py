@@ -130,6 +130,10 @@ class Rank:
         began = time.monotonic()
         arch = self.architecture
         ops = kernels(arch, self._layout, self._spec, self._device, _capability(self._device))
+        if self._device.type == "cuda" and self._spec.kernels != "reference":
+            from kernels import aot  # imports Triton
+
+            aot.verify()
         group = Group(self._layout.rank, self._layout.tp)
         place = Place(self._layout, group, ops, self._dtype, self._device)
         model = Decoder(arch, place)
