@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
+from workers.architecture import Architecture
 from workers.config import ModelSpec, ServiceConfig
 
 app = typer.Typer(
@@ -344,14 +345,23 @@ def compile_kernels(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
     )
-    for number, variants, directory in _compiled(arch, model, spec, output):
+    from workers import dryrun
+
+    try:
+        architecture = dryrun.configuration(model)
+    except ValueError as error:
+        fail(error)
+    for number, variants, directory in _compiled(arch, architecture, spec, output):
         say.print(f"sm_{number}: {len(variants)} kernels in {directory}")
 
 
 @app.command()
 def kernels(
     arch: Architectures = "sm_90,sm_100",
-    model: Configured = "",
+    model: Annotated[
+        str,
+        typer.Option(help="A directory, a hub id or a config.json. Default: gpt-oss-120b's shape."),
+    ] = "",
     tensor_parallel_size: Ranks = 1,
     enable_expert_parallel: WholeExperts = False,
     batch_invariant: Invariant = False,
@@ -368,23 +378,50 @@ def kernels(
         enable_expert_parallel=enable_expert_parallel,
         batch_invariant=batch_invariant,
     )
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for _, variants, _ in _compiled(arch, model, spec, scratch):
-            from kernels import aot
+    from kernels import aot, roofline
+    from workers import dryrun
 
-            rows += [aot.row(variant, Path(scratch)) for variant in variants]
+    report: dict[str, list[dict[str, str | int]]] = {"code": [], "decode": []}
+    try:
+        architecture = dryrun.configuration(model) if model else dryrun.GPT_OSS_120B
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, variants, _ in _compiled(arch, architecture, spec, scratch):
+                report["code"] += [aot.row(variant, Path(scratch)) for variant in variants]
+                if number not in roofline.GPUS:
+                    continue
+                for batch in (1, 64, 256):
+                    for name, (launches, work) in dryrun.decode(
+                        architecture, spec, number, batch, 1500
+                    ).items():
+                        report["decode"].append(
+                            {
+                                "kernel": name,
+                                "GPU": roofline.GPUS[number][0],
+                                "batch": batch,
+                                "launches": launches,
+                                "MB": f"{work.moved / 1e6:.1f}",
+                                "least MB": f"{work.minimum / 1e6:.1f}",
+                                "GF": f"{work.flops / 1e9:.1f}",
+                                "roofline us": f"{1e6 * work.seconds(number):.0f}",
+                            }
+                        )
+    except ValueError as error:
+        fail(error)
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows)).decode() + "\n")
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
         return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    # Wide: a table squeezed into 80 columns cannot be read.
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    for title, rows in report.items():
+        if rows:
+            table = Table(*rows[0], title=title)
+            for row in rows:
+                table.add_row(*(str(value) for value in row.values()))
+            console.print(table)
 
 
 def _compiled(
-    archs: str, model: str, spec: ModelSpec, output: str
+    archs: str, architecture: Architecture, spec: ModelSpec, output: str
 ) -> Iterator[tuple[int, list[Any], Path]]:
     """(architecture, its kernels, where they are) of each; ends with a sentence where it cannot."""
     try:
@@ -399,7 +436,6 @@ def _compiled(
         from kernels import aot
         from workers import dryrun
 
-        architecture = dryrun.configuration(model)
         directory = Path(output).expanduser() if output else aot.triton_directory()
         for number in numbers:
             launches = dryrun.launches(architecture, spec, number)

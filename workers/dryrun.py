@@ -20,15 +20,17 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import roofline
 from kernels.launch import Launch, watched
 from kernels.reference import Rows
+from kernels.roofline import Work
 from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
 from parallelism.layout import Layout
 from workers import hub
 from workers import rank as ranks
-from workers.architecture import Architecture, parse
+from workers.architecture import Architecture, Yarn, parse
 from workers.capacity import default_batched_tokens
 from workers.config import KVConfig, ModelSpec
 from workers.kvcache import KVCache
@@ -142,6 +144,25 @@ class Dry:
         return Step(launches, self.group.seen, logits, experts)
 
 
+GPT_OSS_120B = Architecture(
+    vocab_size=201088,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_layers=36,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=64,
+    num_experts=128,
+    experts_per_token=4,
+    windows=(128, 0) * 18,
+    max_position=131072,
+    rope_theta=150000.0,
+    yarn=Yarn(factor=32.0, original_max_position=4096, truncate=False),
+    mxfp4=True,
+    eos_token_ids=(200002,),
+)
+
+
 def configuration(model: str) -> Architecture:
     """Of a config.json, or of what ``workers.hub`` takes, without its weights. Raises NoModel,
     CheckpointError, UnsupportedModel."""
@@ -149,6 +170,34 @@ def configuration(model: str) -> Architecture:
     if file.is_file():
         return parse(ranks.read_json(file))
     return ranks.architecture(hub.resolve(model, weights=False))
+
+
+def decode(
+    architecture: Architecture, spec: ModelSpec, arch: int, rows: int, context: int
+) -> dict[str, tuple[int, Work]]:
+    """By kernel: launches of one step of rank 0 in which ``rows`` sequences decode behind
+    ``context`` tokens each, and their work together."""
+    dry = Dry(architecture, spec, arch, 0)
+    found: dict[str, tuple[int, Work]] = {}
+    for launch in dry.step([(context, 1)] * rows).launches:
+        name = launch.kernel.__name__.lstrip("_")
+        if "UP" in launch.options:
+            name += " up" if launch.options["UP"] else " down"
+        if launch.options.get("WINDOW"):
+            name += f" window {launch.options['WINDOW']}"
+        number, work = found.get(name, (0, Work(0, 0, 0)))
+        more = roofline.work(launch, context, architecture.experts_per_token)
+        found[name] = number + 1, work + more
+    size = dry._place.dtype.itemsize
+    dense = [
+        p for name, p in dry.model.named_parameters() if "experts." not in name and p.dim() == 2
+    ]
+    weights = sum(p.numel() for p in dense) - dry.model.embed.weight.numel()
+    found["dense layers"] = (
+        3 * architecture.num_layers + 1,
+        Work(weights * size, weights * size, 2 * weights * rows),
+    )
+    return found
 
 
 def launches(architecture: Architecture, spec: ModelSpec, arch: int) -> list[Launch]:
