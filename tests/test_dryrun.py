@@ -12,7 +12,7 @@ from kernels.launch import Launch
 from tests.checkpoints import gpt_oss_config
 from workers.architecture import parse
 from workers.config import ModelSpec
-from workers.dryrun import CUDA, Dry, HostWait, launches
+from workers.dryrun import CUDA, GPT_OSS_120B, Dry, HostWait, decode, launches
 
 GIB = 1 << 30
 # Weights of a rank, with expert parallelism; from the shapes in the models' configurations.
@@ -125,3 +125,19 @@ def test_one_layer_of_each_kind_launches_what_all_do() -> None:
     cut = shapes(launches(arch, ModelSpec(), 90))
     for rows in (DECODE, [(0, 2048)], [(131071, 1)]):
         assert shapes(whole.step(rows).launches) <= cut
+
+
+def test_the_built_in_shape_is_the_published_one() -> None:
+    assert parse(gpt_oss_config("gpt-oss-120b")) == GPT_OSS_120B
+
+
+def test_a_decode_step_moves_what_the_model_implies() -> None:
+    """Experts of 13.22 MB, all but 64 * 4 draws' misses of 128; keys of 36 KiB a token."""
+    step = decode(GPT_OSS_120B, ModelSpec(), 90, 64, 1500)
+    experts = 36 * 128 * (1 - (1 - 4 / 128) ** 64) * 3 * 2880**2 * 17 / 32
+    assert step["grouped up"][1].minimum + step["grouped down"][1].minimum == pytest.approx(experts)
+    assert step["attend"][1].minimum == 64 * 1501 * 18 * 2048
+    assert step["attend window 128"][1].minimum == 64 * 128 * 18 * 2048
+    assert step["dense layers"][1].moved == pytest.approx(3.10e9, rel=0.01)
+    for _, work in step.values():
+        assert work.moved >= work.minimum
