@@ -2,7 +2,7 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest
 
-.PHONY: serve lint test test-all mutants bench gpu-check
+.PHONY: serve lint test test-all mutants kernels bench gpu-check
 
 serve:      ## serve the bundled tiny-oss on http://127.0.0.1:8000
 	$(PYTHON) -m moeray serve
@@ -22,6 +22,10 @@ test-all:   ## every test, the long property runs included
 
 mutants:    ## put known bugs into a copy; each must be caught by its test
 	$(PYTHON) -m tests.mutate
+
+kernels:    ## compile every kernel for every GPU, judge the machine code, write docs/kernels.md
+	$(PYTEST) tests/test_aot.py
+	$(PYTHON) -m tests.machine_code
 
 bench:      ## measure against transformers in one run and write docs/benchmarks.md
 	$(PYTHON) -m tests.bench

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
+from workers.architecture import Architecture
 from workers.config import ModelSpec, ServiceConfig
 
 app = typer.Typer(
@@ -298,6 +300,155 @@ def generate(
                 elif delta.kind == "call":
                     print(f"{delta.name}{delta.text}", end="", flush=True)
             print()
+    except ValueError as error:
+        fail(error)
+
+
+Architectures = Annotated[
+    str, typer.Option("--arch", metavar="LIST", help="GPU architectures, with commas between them.")
+]
+Configured = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL", help="A directory, a hub id, a config.json, or nothing: tiny-oss."
+    ),
+]
+Ranks = Annotated[
+    int, typer.Option("--tensor-parallel-size", "-tp", help="Ranks that share the model.")
+]
+WholeExperts = Annotated[
+    bool, typer.Option("--enable-expert-parallel", help="Each rank holds whole experts.")
+]
+
+
+@app.command("compile")
+def compile_kernels(
+    arch: Architectures = "sm_90,sm_100,sm_103",
+    model: Configured = "",
+    output: Annotated[
+        str, typer.Option(metavar="DIR", help="Default: TRITON_CACHE_DIR, or Triton's own.")
+    ] = "",
+    tensor_parallel_size: Ranks = 1,
+    enable_expert_parallel: WholeExperts = False,
+    dtype: DType = "auto",
+    batch_invariant: Invariant = False,
+    max_model_len: Length = None,
+    max_num_seqs: Sequences = 256,
+    max_num_batched_tokens: Tokens = None,
+    block_size: Blocks = 16,
+) -> None:
+    """Compile the kernels that a model needs, without a GPU, so that serving compiles nothing.
+
+    Give the flags that `moeray serve` will get, and serve with `TRITON_CACHE_DIR=DIR`.
+    """
+    spec = _spec(
+        model="",
+        kv_cache_memory="",
+        device="cuda",
+        tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
+        dtype=dtype,
+        batch_invariant=batch_invariant,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+    )
+    from workers import dryrun
+
+    try:
+        architecture = dryrun.configuration(model)
+    except ValueError as error:
+        fail(error)
+    for number, variants, directory in _compiled(arch, architecture, spec, output):
+        say.print(f"sm_{number}: {len(variants)} kernels in {directory}")
+
+
+@app.command()
+def kernels(
+    arch: Architectures = "sm_90,sm_100",
+    model: Annotated[
+        str,
+        typer.Option(help="A directory, a hub id or a config.json. Default: gpt-oss-120b's shape."),
+    ] = "",
+    tensor_parallel_size: Ranks = 1,
+    enable_expert_parallel: WholeExperts = False,
+    batch_invariant: Invariant = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show what the kernels' machine code is made of, without a GPU."""
+    import tempfile
+
+    spec = _spec(
+        model="",
+        kv_cache_memory="",
+        device="cuda",
+        tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
+        batch_invariant=batch_invariant,
+    )
+    from kernels import aot, traffic
+    from workers import dryrun
+
+    report: dict[str, list[dict[str, str | int]]] = {"code": [], "decode": []}
+    try:
+        architecture = dryrun.configuration(model) if model else dryrun.GPT_OSS_120B
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, variants, _ in _compiled(arch, architecture, spec, scratch):
+                report["code"] += [aot.row(variant, Path(scratch)) for variant in variants]
+                if number not in traffic.GPUS:
+                    continue
+                for batch in (1, 64, 256):
+                    for name, (launches, work) in dryrun.decode(
+                        architecture, spec, number, batch, 1500
+                    ).items():
+                        report["decode"].append(
+                            {
+                                "kernel": name,
+                                "GPU": traffic.GPUS[number][0],
+                                "batch": batch,
+                                "launches": launches,
+                                "MB": f"{work.moved / 1e6:.1f}",
+                                "least MB": f"{work.minimum / 1e6:.1f}",
+                                "GF": f"{work.flops / 1e9:.1f}",
+                                "roofline us": f"{1e6 * work.seconds(number):.0f}",
+                            }
+                        )
+    except ValueError as error:
+        fail(error)
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+        return
+    # Wide: a table squeezed into 80 columns cannot be read.
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    for title, rows in report.items():
+        if rows:
+            table = Table(*rows[0], title=title)
+            for row in rows:
+                table.add_row(*(str(value) for value in row.values()))
+            console.print(table)
+
+
+def _compiled(
+    archs: str, architecture: Architecture, spec: ModelSpec, output: str
+) -> Iterator[tuple[int, list[Any], Path]]:
+    """(architecture, its kernels, where they are) of each; ends with a sentence where it cannot."""
+    try:
+        numbers = [int(each.strip().removeprefix("sm_")) for each in archs.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--arch {archs!r}: write sm_90,sm_100") from None
+    from kernels import configurations
+
+    try:
+        for number in numbers:
+            configurations.family(number or -1)
+        from kernels import aot
+        from workers import dryrun
+
+        directory = Path(output).expanduser() if output else aot.triton_directory()
+        for number in numbers:
+            launches = dryrun.launches(architecture, spec, number)
+            yield number, aot.compile(launches, number, directory), directory
     except ValueError as error:
         fail(error)
 

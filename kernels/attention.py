@@ -13,6 +13,7 @@ SPAN set, a row's result is the same however it was batched, chunked or split.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -337,7 +338,7 @@ def paged_attention(
     assert k_cache.stride() == v_cache.stride() == (k_cache.stride(0), size, 1)
     config = plan.config
     out = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
-    shared = {
+    shared: dict[str, Any] = {
         "D": size,
         "GROUP": config.group,
         "WINDOW": plan.window,
@@ -354,9 +355,9 @@ def paged_attention(
         tops = norms = torch.empty(0, dtype=torch.float32, device=q.device)
         if split:
             part = torch.empty(n, heads, splits, size, dtype=torch.float32, device=q.device)
-            tops, norms = torch.empty(
-                2, n, heads, splits, dtype=torch.float32, device=q.device
-            ).unbind()
+            # Two tensors, so that both are aligned whatever the step's numbers are.
+            tops = torch.empty(n, heads, splits, dtype=torch.float32, device=q.device)
+            norms = torch.empty_like(tops)
         launch(
             _attend,
             (n, config.kv_heads, splits),
@@ -384,8 +385,7 @@ def paged_attention(
             ROWS=tile.rows,
             KEYS=tile.columns,
             SPLIT=split,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            tile=tile,
             **shared,
         )
         if split:

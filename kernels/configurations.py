@@ -78,7 +78,9 @@ def attention(arch: Family, heads: int, kv_heads: int, head_dim: int, invariant:
             "use --kernels reference"
         )
     rows = 64 if invariant or head_dim == 128 else 128
-    prefill = Tile(rows, 64, head_dim, 4 if rows == 64 else 8, 3)
+    # 128 rows with 8 warps spill on tcgen05, 64 rows with 4 warps on mma.sync.
+    warps = {"generic": 8, "hopper": 4 if rows == 64 else 8, "blackwell": 4}[arch]
+    prefill = Tile(rows, 64, head_dim, warps, 3, PRODUCTS[arch])
     decode = prefill if invariant else Tile(16, 64, head_dim, 4, 4)
     return Attention(group, kv_heads, prefill, decode, 264, 256, 1024 if invariant else 0)
 
@@ -101,7 +103,9 @@ class Experts:
 
 
 def experts(arch: Family, invariant: bool) -> Experts:
-    small, large = Tile(16, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3, PRODUCTS[arch])
+    small = Tile(16, 64, 64, 4, 4)
+    rows = 64 if arch == "generic" else 128  # 128 spill with mma.sync
+    large = Tile(rows, 128, 64, 8, 3, PRODUCTS[arch])
     block_scale: Products = "tcgen05.block_scale" if arch == "blackwell" else "mma.sync"
     # Few rows go to the right side of the product, so the weights fill the tensor core's 128.
     few = Tile(16, 128, 128, 4, 4, block_scale)
@@ -113,4 +117,4 @@ def experts(arch: Family, invariant: bool) -> Experts:
 
 def linear(arch: Family) -> Tile:
     """Of batch-invariant dense layers."""
-    return Tile(64, 128, 64, 4, 3)
+    return Tile(64, 128, 64, 4, 3, PRODUCTS[arch])

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from kernels.configurations import Tile
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -20,17 +22,23 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]  # constexprs, num_warps, num_stages
+    tile: Tile | None  # the configuration of a kernel with products
 
 
 _watcher: Callable[[Launch], None] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](*arguments, **options)``, unless somebody watches."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile | None = None, **options: Any
+) -> None:
+    """``kernel[grid](*arguments, **options)``, unless somebody watches. A ``tile`` brings its
+    warps and stages along."""
+    if tile is not None:
+        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     if _watcher is None:
         kernel[grid](*arguments, **options)
     else:
-        _watcher(Launch(kernel, grid, arguments, options))
+        _watcher(Launch(kernel, grid, arguments, options, tile))
 
 
 @contextmanager

@@ -71,7 +71,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        tile=tile,
     )
     return out

@@ -481,6 +481,5 @@ def _product(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        tile=tile,
     )

@@ -146,3 +146,30 @@ def oracle(path: Path, dtype: torch.dtype = torch.float32) -> GptOssForCausalLM:
         **({"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}),
     )
     return model.eval()
+
+
+def gpt_oss_config(name: str) -> dict[str, Any]:
+    """The published ``config.json`` of gpt-oss-20b or gpt-oss-120b."""
+    layers, experts = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}[name]
+    rope = dict(ROPE)
+    return {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": layers,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 201088,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "swiglu_limit": 7.0,
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": rope,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }

@@ -7,16 +7,18 @@ from pathlib import Path
 BUNDLED = Path(__file__).parent / "tiny_oss"
 # What serving needs. Repositories of gpt-oss hold the same weights in other layouts, too.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+CONFIGURATION = ["config.json", "generation_config.json"]
 
 
 class NoModel(ValueError):
     """There is no such model; the message says what to give instead."""
 
 
-def resolve(model: str, revision: str = "main") -> Path:
+def resolve(model: str, revision: str = "main", weights: bool = True) -> Path:
     """The directory of ``model``: a directory, a hub id, or nothing for the bundled model.
 
-    A hub id is downloaded, with progress bars, into Hugging Face's cache. Raises NoModel.
+    A hub id is downloaded, with progress bars, into Hugging Face's cache, on request without its
+    weights. Raises NoModel.
     """
     if not model:
         return BUNDLED
@@ -35,7 +37,7 @@ def resolve(model: str, revision: str = "main") -> Path:
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=PATTERNS,
+                allow_patterns=PATTERNS if weights else CONFIGURATION,
                 ignore_patterns=["original/*", "metal/*"],
             )
         )

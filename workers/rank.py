@@ -39,7 +39,7 @@ from workers.model import Decoder
 from workers.runner import Runner, inputs_bytes
 from workers.scheduler import Scheduler
 
-_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +77,41 @@ def architecture(directory: Path) -> Architecture:
     )
 
 
+def dtypes(spec: ModelSpec) -> tuple[torch.dtype, torch.dtype]:
+    """Of activations, and of keys and values."""
+    dtype = DTYPES[spec.dtype]
+    return dtype, torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else dtype
+
+
+def layout(arch: Architecture, spec: ModelSpec, rank: int) -> Layout:
+    """Of one rank. Raises LayoutError where the model cannot be cut so."""
+    layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
+    check(
+        layout,
+        heads=arch.num_heads,
+        kv_heads=arch.num_kv_heads,
+        experts=arch.num_experts,
+        intermediate=arch.intermediate_size,
+        unit=BLOCK if arch.mxfp4 else 1,
+        vocabulary=arch.vocab_size,
+    )
+    return layout
+
+
+def kernels(
+    arch: Architecture, layout: Layout, spec: ModelSpec, device: torch.device, capability: int
+) -> Ops:
+    """A rank's kernels; ``capability`` is 90 for sm_90. Raises ValueError for what there is not."""
+    heads, kv_heads = (
+        last - first for first, last in map(layout.heads, (arch.num_heads, arch.num_kv_heads))
+    )
+    dtype, kv_dtype = dtypes(spec)
+    shapes = Shapes(
+        dtype, heads, kv_heads, arch.head_dim, spec.batch_invariant, capability, kv_dtype
+    )
+    return choose(spec.kernels, device, shapes)
+
+
 class Rank:
     """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
 
@@ -84,20 +119,10 @@ class Rank:
         self._spec, self._world = spec, world
         self._directory = Path(spec.model)
         self.architecture = arch = architecture(self._directory)
-        self._layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
-        check(
-            self._layout,
-            heads=arch.num_heads,
-            kv_heads=arch.num_kv_heads,
-            experts=arch.num_experts,
-            intermediate=arch.intermediate_size,
-            unit=BLOCK if arch.mxfp4 else 1,
-            vocabulary=arch.vocab_size,
-        )
+        self._layout = layout(arch, spec, rank)
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-        self._dtype = _DTYPES[spec.dtype]
-        self._kv_dtype = torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else self._dtype
+        self._dtype, self._kv_dtype = dtypes(spec)
         if not cuda:
             _keep_freed_memory()
         self._place: Place | None = None
@@ -112,20 +137,11 @@ class Rank:
         """
         began = time.monotonic()
         arch = self.architecture
-        heads, kv_heads = (
-            last - first
-            for first, last in map(self._layout.heads, (arch.num_heads, arch.num_kv_heads))
-        )
-        shapes = Shapes(
-            self._dtype,
-            heads,
-            kv_heads,
-            arch.head_dim,
-            self._spec.batch_invariant,
-            _capability(self._device),
-            self._kv_dtype,
-        )
-        ops = choose(self._spec.kernels, self._device, shapes)
+        ops = kernels(arch, self._layout, self._spec, self._device, _capability(self._device))
+        if self._device.type == "cuda" and self._spec.kernels != "reference":
+            from kernels import aot  # imports Triton
+
+            aot.verify()
         group = Group(self._layout.rank, self._layout.tp)
         place = Place(self._layout, group, ops, self._dtype, self._device)
         model = Decoder(arch, place)
@@ -152,7 +168,7 @@ class Rank:
             node=platform.node(),
             device=str(self._device),
             threads=torch.get_num_threads(),
-            weight_bytes=_held(model),
+            weight_bytes=held(model),
             free_bytes=self._room(),
             kv_dtype_bytes=self._kv_dtype.itemsize,
             seconds=time.monotonic() - began,
@@ -280,7 +296,7 @@ def _kernels(ops: Ops) -> list[str]:
     return [f"{home} kernels ({why}): {', '.join(names)}" for (home, why), names in by.items()]
 
 
-def _held(model: Decoder) -> int:
+def held(model: Decoder) -> int:
     """Bytes of the weights."""
     found: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():

@@ -174,7 +174,7 @@ def test_quantize_mxfp8(dtype: torch.dtype, width: int) -> None:
 def test_scaled_experts(tokens: int, skew: bool) -> None:
     """Blocks with scales on both sides, as sm_100's tensor cores take them: against the reference
     with activations rounded to mxfp8 before both products (error below 1 % of the largest value,
-    where bf16 rounds), and against exact activations (6 % of the norm)."""
+    where bf16 rounds), and against exact activations (8 % of the norm)."""
     draw = torch.Generator().manual_seed(tokens)
     count, hidden, inner = 4, 160, 96
     x = torch.randn(tokens, hidden, generator=draw).bfloat16()
@@ -207,5 +207,5 @@ def test_scaled_experts(tokens: int, skew: bool) -> None:
     exact = expected(lambda x: x.float())
     largest = float(exact.abs().max())
     assert (ours - expected(rounded)).abs().max() < 0.01 * largest
-    assert (ours - exact).norm() < 0.06 * exact.norm()
+    assert (ours - exact).norm() < 0.08 * exact.norm()
     assert not ours[1:2].any(), "padding went to an expert"
