@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from kernels import aot, norm
+from kernels import aot, configurations, linear, norm
 from kernels.configurations import FAMILIES, Tile
 from kernels.launch import Launch, watched
 from tests.checkpoints import gpt_oss_config
@@ -250,3 +251,17 @@ def test_refusals(one: list[Launch], tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "no kernel is made for sm_70" in refused.stderr
     assert not refused.stdout
+
+
+def test_the_gate_can_close(tmp_path: Path) -> None:
+    seen: list[Launch] = []
+    with FakeTensorMode(), watched(seen.append):
+        x = torch.empty(100, 128, dtype=torch.bfloat16, device=dryrun.CUDA)
+        linear.linear(x, torch.empty_like(x), None, configurations.linear("hopper"))
+    (variant,) = aot.compile(seen, 90, tmp_path)
+    assert gate(variant, tmp_path) == []
+    assert seen[0].tile is not None
+    wrong = replace(seen[0], tile=replace(seen[0].tile, products="mma.sync"))
+    assert "mma.sync is declared" in gate(replace(variant, launch=wrong), tmp_path)[0]
+    undeclared = replace(variant, launch=replace(seen[0], tile=None))
+    assert "undeclared" in gate(undeclared, tmp_path)[0]
