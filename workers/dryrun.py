@@ -164,7 +164,7 @@ class Dry:
             wide = ops.penalise(logits, counts, lines, *floats[3:])
             for scores in (logits, wide):
                 for filtered in (False, True):
-                    keys = columns[7:].T.contiguous()
+                    keys = torch.empty(rows, 2, dtype=torch.int32, device=CUDA)
                     rest = (floats[0], columns[6], floats[1], floats[2], keys)
                     ops.sample(scores, Draws(*rest, None, True, filtered))
         return launches
