@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import reference, roofline
+from kernels import moe, reference, roofline
 from kernels.dispatch import Ops, Shapes, choose
 from kernels.mxfp4 import MXFP4
+from kernels.reference import Draws
 from kernels.roofline import GPT_OSS_20B, Ceilings, Group, Layer, Step
 
 # Of errors, in parts of the largest expected value or of 1.
@@ -269,6 +270,7 @@ def experts(c: Context, dtype: torch.dtype, mxfp4: bool, routing: str) -> Figure
         w2 = c.randn(count, hidden, inner, dtype=dtype) * inner**-0.5
     b13, b2 = c.randn(count, 2 * inner, dtype=dtype), c.randn(count, hidden, dtype=dtype)
     packed = ops.pack(w13), ops.pack(w2)
+    scaled = isinstance(packed[0], moe.Scaled)
     wide = [w if isinstance(w, MXFP4) else w.float() for w in (w13, w2)]
     for tokens in (*SIZES, 1000) if c.large else (1, 17):
         x, logits = c.randn(tokens, hidden, dtype=dtype), c.randn(tokens, count)
@@ -284,11 +286,54 @@ def experts(c: Context, dtype: torch.dtype, mxfp4: bool, routing: str) -> Figure
         ids = ids.int()
         with poisoned():
             ours = ops.experts(x, ids, weights, packed[0], b13, packed[1], bias, first, 7.0, 1.702)
+        # Tensor cores that take scales want them of activations, too: rounded from the same ones.
+        kept, rounding = (dtype, reference.mxfp8) if scaled else (torch.float32, lambda x: x)
         theirs = reference.experts(
-            x.float(), ids, weights, wide[0], b13.float(), wide[1],
-            None if bias is None else bias.float(), first, 7.0, 1.702,
+            x.to(kept), ids, weights, wide[0], b13.to(kept), wide[1],
+            None if bias is None else bias.to(kept), first, 7.0, 1.702, rounding,
         )  # fmt: skip
         errors.compare(f"{tokens} tokens", ours, theirs)
+    return errors.figure()
+
+
+def sampling(c: Context, filters: tuple[int, float, float]) -> None:
+    """Greedy and drawn rows; a token may differ from the reference's where both score alike."""
+    ops, rows, vocab = c.ops(), *((64, 201_088) if c.large else (4, 1100))
+    logits = c.randn(rows, vocab, dtype=torch.bfloat16) * 3
+    temperature = torch.rand(rows, device=c.device) + 0.2
+    temperature[::4] = 0
+    k, p, least = filters
+    keys = torch.randint(-(2**31), 2**31, (rows, 2), device=c.device).int()
+    draws = Draws(
+        temperature,
+        torch.full((rows,), k, dtype=torch.int32, device=c.device),
+        torch.full((rows,), p, device=c.device),
+        torch.full((rows,), least, device=c.device),
+        keys,
+        None,
+        True,
+        filters != (0, 1.0, 0.0),
+    )
+    with poisoned():
+        ours = ops.sample(logits, draws)
+    theirs = reference.sample(logits, draws)
+    scores = logits.float() / temperature.clamp(min=1e-9)[:, None] + reference.gumbel(keys, vocab)
+    scores = torch.where(temperature[:, None] > 0, scores, logits.float())
+    a, b = (scores.gather(1, tokens[:, None]) for tokens in (ours, theirs))
+    assert bool(((ours == theirs) | ((a - b).abs() < 1e-4)[:, 0]).all()), "other tokens"
+
+
+def penalties(c: Context) -> Figure:
+    ops, errors = c.ops(), Errors(torch.float32)
+    rows, vocab = (64, 201_088) if c.large else (3, 1500)
+    logits = c.randn(rows, vocab, dtype=torch.bfloat16)
+    counts = torch.randint(0, 3, (rows + 2, vocab), device=c.device).int()
+    counts += torch.randint(0, 2, (rows + 2, vocab), device=c.device).int() * reference.PROMPT
+    lines = torch.randperm(rows + 2, device=c.device)[:rows]
+    rest = (torch.rand(rows, device=c.device) + 0.5, *c.randn(2, rows))
+    with poisoned():
+        ours = ops.penalise(logits, counts, lines, *rest)
+    errors.compare("logits", ours, reference.penalise(logits, counts, lines, *rest))
     return errors.figure()
 
 
@@ -453,6 +498,9 @@ def kernel_checks(*dtypes: torch.dtype) -> list[tuple[str, Check]]:
         ("kernel: attention, 40/8 heads of 128",
          partial(attention, rows=MIXED, heads=(40, 8), size=128)),
         ("kernel: attention, 8/8 heads", partial(attention, rows=MIXED, heads=(8, 8))),
+        ("kernel: sampling", partial(sampling, filters=(0, 1.0, 0.0))),
+        ("kernel: sampling, top-k 50, top-p 0.9, min-p", partial(sampling, filters=(50, 0.9, 0.1))),
+        ("kernel: penalties", penalties),
         *((f"kernel: route, {k} of {n}", partial(route, experts=n, k=k))
           for n, k in ((32, 4), (128, 4), (16, 1))),
     ]  # fmt: skip

@@ -215,18 +215,20 @@ def experts(
     first: int,
     limit: float,
     alpha: float,
+    activations: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """The weighted sum over those of each token's experts that live on this rank: [T, D].
 
     x [T, D], ids and weights [T, k] (global expert ids), w13 [E, 2 I, D], b13 [E, 2 I],
     w2 [E, D, I], b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that
     must not add it again when I is sharded. The weight multiplies the biased output.
+    ``activations`` is done to what enters a product: ``mxfp8`` where tensor cores take that.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in range(len(b13)):
         mine = torch.where(ids == first + e, weights, 0).sum(-1, keepdim=True)
-        h = swiglu(F.linear(x, expert(w13, e, x.dtype), b13[e]), limit, alpha)
-        y = F.linear(h, expert(w2, e, x.dtype), None if b2 is None else b2[e])
+        h = swiglu(F.linear(activations(x), expert(w13, e, x.dtype), b13[e]), limit, alpha)
+        y = F.linear(activations(h), expert(w2, e, x.dtype), None if b2 is None else b2[e])
         total += torch.where(mine > 0, mine * y.float(), 0)
     return total.to(x.dtype)
 
@@ -355,6 +357,13 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = (exponent - 8).clamp(min=0)
     values = torch.ldexp(blocks, 127 - scales[..., None]).clamp(-448, 448)
     return values.flatten(-2).to(torch.float8_e4m3fn), scales.to(torch.uint8)
+
+
+def mxfp8(x: Tensor) -> Tensor:
+    """x [T, K] rounded to what ``quantize_mxfp8`` keeps of it."""
+    values, scales = quantize_mxfp8(x)
+    blocks = values.float().unflatten(-1, (-1, 32))
+    return torch.ldexp(blocks, scales[..., None].int() - 127).flatten(-2).to(x.dtype)
 
 
 def expert(w: Tensor | MXFP4, e: int, dtype: torch.dtype) -> Tensor:
