@@ -6,7 +6,7 @@ compilation gives (registers, spills, instruction kinds) and from published kern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # "generic": sm_80, 86, 89, 120 (mma.sync) and the interpreter; "hopper": sm_90 (wgmma);
@@ -96,9 +96,10 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """By what the weights are: numbers or words that are unpacked; or blocks with scales."""
+    """By what the weights are: numbers, words that are unpacked, or blocks with scales."""
 
-    plain: Tiles
+    dense: Tiles
+    words: Tiles
     scaled: Tiles
 
 
@@ -110,9 +111,11 @@ def experts(arch: Family, invariant: bool) -> Experts:
     # Few rows go to the right side of the product, so the weights fill the tensor core's 128.
     few = Tile(16, 128, 128, 4, 4, block_scale)
     many = Tile(128, 128, 128, 8, 3, block_scale)
+    # Of INT4, 128 columns spill on tcgen05.
+    words = replace(large, columns=64, warps=4) if arch == "blackwell" else large
     if invariant:
-        return Experts(Tiles(large, large), Tiles(many, many))
-    return Experts(Tiles(small, large), Tiles(few, many))
+        return Experts(Tiles(large, large), Tiles(words, words), Tiles(many, many))
+    return Experts(Tiles(small, large), Tiles(small, words), Tiles(few, many))
 
 
 def linear(arch: Family) -> Tile:

@@ -8,13 +8,15 @@ batches makes it independent of its batch.
 
 MXFP4 weights without native support are unpacked in registers: see ``MXFP4Words``. Where tensor
 cores take blocks with scales (sm_100, sm_103), they stay as they are, and activations become
-mxfp8 before each product: see ``Scaled`` and ``quantize_mxfp8``.
+mxfp8 before each product: see ``Scaled`` and ``quantize_mxfp8``. INT4 weights are unpacked much
+like MXFP4's: see ``Int4Words``.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Experts, Tile
+from kernels.int4 import Int4, nibbles
 from kernels.launch import launch
 from kernels.mxfp4 import BLOCK, MXFP4
 
@@ -48,6 +51,9 @@ class MXFP4Words:
     scales: Tensor
 
 
+Weights: TypeAlias = "Tensor | MXFP4Words | Scaled | Int4Words"
+
+
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """MXFP4 matrices [E, N, K] as tensor cores take them, K padded to a multiple of CHUNK by zeros.
@@ -60,22 +66,41 @@ class Scaled:
     scales: Tensor
 
 
-def scaled(w: Tensor | MXFP4) -> Tensor | Scaled:
-    """Pad MXFP4 weights, which otherwise stay as they are, like all others."""
+def scaled(w: Tensor | MXFP4 | Int4) -> Weights:
+    """``pack``, but MXFP4 weights are only padded."""
     if not isinstance(w, MXFP4):
-        return w
+        return pack(w)
     spare = -w.scales.shape[2] % (CHUNK // BLOCK)
     return Scaled(
         F.pad(w.blocks, (0, 0, 0, spare)).flatten(2), F.pad(w.scales, (0, spare)).contiguous()
     )
 
 
-def pack(w: Tensor | MXFP4) -> Tensor | MXFP4Words:
-    """Rearrange MXFP4 weights, expert by expert; other weights stay as they are.
+@dataclass(frozen=True, slots=True)
+class Int4Words:
+    """INT4 matrices [E, N, K] arranged so that one mask unpacks two elements.
 
-    Raises ValueError for scales above 2, which no trained model has: 2^126 times them is not a
-    bf16 number.
+    ``words`` int32 [E, N, chunks * 16]: word c of a chunk of 128 holds, for j in 0..3, elements
+    32 j + 2 c at bit 4 j and 32 j + 2 c + 1 at bit 16 + 4 j. ``scales`` bf16 [E, N, chunks].
     """
+
+    words: Tensor
+    scales: Tensor
+
+
+def pack(w: Tensor | MXFP4 | Int4) -> Weights:
+    """Rearrange packed weights, MXFP4's expert by expert; others stay as they are.
+
+    Raises ValueError for MXFP4 scales above 2, which no trained model has: 2^126 times them is not
+    a bf16 number.
+    """
+    if isinstance(w, Int4):
+        experts, rows, chunks = w.scales.shape
+        element = nibbles(w.words).view(experts, rows, chunks, 4, 16, 2)  # j, c, half
+        words = element.new_zeros(experts, rows, chunks, 16)
+        for j in range(4):
+            words |= element[:, :, :, j, :, 0] << 4 * j | element[:, :, :, j, :, 1] << 16 + 4 * j
+        return Int4Words(words.flatten(2), w.scales)
     if not isinstance(w, MXFP4):
         return w
     experts, rows, blocks, _ = w.blocks.shape
@@ -86,9 +111,9 @@ def pack(w: Tensor | MXFP4) -> Tensor | MXFP4Words:
         raise ValueError(f"an MXFP4 scale of 2^{int(w.scales.max()) - 127} is above 2")
     spare = (0, chunks * CHUNK // BLOCK - blocks)
     for e in range(experts):
-        nibbles = torch.stack((w.blocks[e] & 15, w.blocks[e] >> 4), -1).flatten(-2)
-        nibbles = F.pad(nibbles, (0, 0, *spare)).to(torch.int32)
-        element = nibbles.view(rows, chunks, 4, 16, 2)  # j, c, half
+        numbers = torch.stack((w.blocks[e] & 15, w.blocks[e] >> 4), -1).flatten(-2)
+        numbers = F.pad(numbers, (0, 0, *spare)).to(torch.int32)
+        element = numbers.view(rows, chunks, 4, 16, 2)  # j, c, half
         half = element.new_zeros(rows, chunks, 16, 2)
         for j, places in enumerate(PLACES):
             for bit, place in zip((3, 2, 1, 0), places, strict=True):
@@ -96,9 +121,6 @@ def pack(w: Tensor | MXFP4) -> Tensor | MXFP4Words:
         words[e] = (half[..., 0] | half[..., 1] << 16).view(rows, -1)
         scales[e] = F.pad(w.scales[e], spare).view(torch.int32)
     return MXFP4Words(words, scales)
-
-
-Weights = Tensor | MXFP4Words | Scaled
 
 
 @triton.jit
@@ -123,6 +145,22 @@ def _unpack(words, scales, j: tl.constexpr, WIDE: tl.constexpr):  # type: ignore
         factor = ((scale + 126) << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     values = tl.reshape(tl.join(low, high), [words.shape[0], 32])
     return values * factor[:, None]
+
+
+@triton.jit
+def _unpack_int4(words, scales, j: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Elements 32 j .. of every chunk: words [N, 16], scales [N] -> [N, 32], bf16 or fp32."""
+    pair = (words >> (4 * j)) & 0x000F000F
+    if WIDE:
+        low, high = (pair & 15).to(tl.float32), (pair >> 16).to(tl.float32)
+        values = tl.reshape(tl.join(low, high), [words.shape[0], 32]) - 8.0
+        return values * scales.to(tl.float32)[:, None]
+    # The bits of 128 + n in bf16, whose mantissa has room for n.
+    pair |= 0x43004300
+    low = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    high = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    values = tl.reshape(tl.join(low, high), [words.shape[0], 32]) - 136.0
+    return values.to(tl.bfloat16) * scales[:, None]
 
 
 @triton.jit
@@ -201,6 +239,7 @@ def _grouped(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     UP: tl.constexpr,
     FORM: tl.constexpr,
+    PLAIN: tl.constexpr,
     WIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -252,18 +291,21 @@ def _grouped(  # type: ignore[no-untyped-def]
                 scales_at += DEPTH // 32
             if ROWS < 128:
                 total = tl.trans(turned)
-        elif FORM == "words":
+        elif FORM == "words" or FORM == "int4":
             c = tl.arange(0, 32)
             x_at = x_ptr + source[:, None] * depth + c[None, :]
             w_at = w_ptr + row[:, None] * w_stride + tl.arange(0, 16)[None, :]
             scales_at = scales_ptr + row * (w_stride // 16)
             for at in range(0, depth, 128):
                 words = tl.load(w_at).to(tl.uint32, bitcast=True)
-                scales = tl.load(scales_at).to(tl.uint32, bitcast=True)
+                scales = tl.load(scales_at)
                 for j in tl.static_range(4):
                     held = (at + 32 * j + c)[None, :] < depth
                     x = tl.load(x_at + 32 * j, mask=held, other=0.0)
-                    w = _unpack(words, scales, j, WIDE).to(x.dtype)
+                    if FORM == "int4":
+                        w = _unpack_int4(words, scales, j, WIDE).to(x.dtype)
+                    else:
+                        w = _unpack(words, scales.to(tl.uint32, bitcast=True), j, WIDE).to(x.dtype)
                     total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
                 x_at += 128
                 w_at += 16
@@ -285,9 +327,12 @@ def _grouped(  # type: ignore[no-untyped-def]
             # The reference rounds the product before it splits it.
             total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
             gate, up = tl.split(tl.reshape(total, [ROWS, COLUMNS // 2, 2]))
-            gate = tl.minimum(gate, limit)
-            up = tl.clamp(up, -limit, limit)
-            out = gate * tl.sigmoid(alpha * gate) * (up + 1)
+            if PLAIN:
+                out = gate * tl.sigmoid(gate) * up
+            else:
+                gate = tl.minimum(gate, limit)
+                up = tl.clamp(up, -limit, limit)
+                out = gate * tl.sigmoid(alpha * gate) * (up + 1)
             n = column // 2 + tl.arange(0, COLUMNS // 2)
             at = m.to(tl.int64)[:, None] * (rows // 2) + n[None, :]
             mask = real[:, None] & (n < rows // 2)[None, :]
@@ -330,7 +375,7 @@ def _quantize_mxfp8(  # type: ignore[no-untyped-def]
     exponent = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 8
     scale = tl.maximum(exponent, 0)
     x *= ((254 - scale) << 23).to(tl.float32, bitcast=True)[:, None]
-    x = tl.clamp(x, -448.0, 448.0)
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     inside = c < padded
     tl.store(out_ptr + row * padded + c, x.to(out_ptr.dtype.element_ty), mask=inside)
     scales_at = scales_ptr + row * (padded // 32) + block
@@ -392,6 +437,8 @@ def experts(
     first: int,
     limit: float,
     alpha: float,
+    plain: bool = False,
+    *,
     config: Experts,
 ) -> Tensor:
     """See ``kernels.reference.experts``; packed weights as ``pack`` or ``scaled`` leave them."""
@@ -403,9 +450,10 @@ def experts(
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=device)
     launch(_sort, (count + 1,), ids, order, offsets, pairs, first, count, BLOCK=SORTED)
-    tiles = config.scaled if isinstance(w13, Scaled) else config.plain
+    dense = config.dense if isinstance(w13, Tensor) else config.words
+    tiles = config.scaled if isinstance(w13, Scaled) else dense
     tile = tiles.small if pairs <= tiles.small.rows * count else tiles.large
-    sorted_ = (order, offsets, count, k, limit, alpha, tile)
+    sorted_ = (order, offsets, count, k, limit, alpha, plain, tile)
     h = torch.empty(pairs, b13.shape[1] // 2, dtype=x.dtype, device=device)
     _product(x, w13, b13, None, h, *sorted_)
     y = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=device)
@@ -438,13 +486,15 @@ def _product(
     k: int,
     limit: float,
     alpha: float,
+    plain: bool,
     tile: Tile,
 ) -> None:
     """The first product (``weights`` is None) or the second one."""
     if isinstance(w, Scaled):
         form, matrix, scales = "scaled", w.blocks, w.scales
-    elif isinstance(w, MXFP4Words):
-        form, matrix, scales = "words", w.words, w.scales
+    elif isinstance(w, MXFP4Words | Int4Words):
+        form = "words" if isinstance(w, MXFP4Words) else "int4"
+        matrix, scales = w.words, w.scales
     else:
         form, matrix, scales = "dense", w, None
     depth = x.shape[1]
@@ -475,6 +525,7 @@ def _product(
         K=k,
         UP=weights is None,
         FORM=form,
+        PLAIN=plain,
         # The interpreter multiplies the bits of bf16 numbers as if they were integers.
         WIDE=x.dtype == torch.float32 or INTERPRETED,
         EXPERTS=triton.next_power_of_2(count),

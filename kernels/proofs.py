@@ -290,7 +290,7 @@ def experts(c: Context, dtype: torch.dtype, mxfp4: bool, routing: str) -> Figure
         kept, rounding = (dtype, reference.mxfp8) if scaled else (torch.float32, lambda x: x)
         theirs = reference.experts(
             x.to(kept), ids, weights, wide[0], b13.to(kept), wide[1],
-            None if bias is None else bias.to(kept), first, 7.0, 1.702, rounding,
+            None if bias is None else bias.to(kept), first, 7.0, 1.702, activations=rounding,
         )  # fmt: skip
         errors.compare(f"{tokens} tokens", ours, theirs)
     return errors.figure()

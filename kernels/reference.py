@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import int4
+from kernels.int4 import Int4
 from kernels.mxfp4 import MXFP4, dequantize
 
 
@@ -189,17 +191,22 @@ def route(logits: Tensor, k: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     return ids, top.softmax(dim=-1, dtype=torch.float32)
 
 
-def swiglu(x: Tensor, limit: float, alpha: float) -> Tensor:
+def swiglu(x: Tensor, limit: float, alpha: float, plain: bool = False) -> Tensor:
     """[..., 2 I] with gate and up interleaved -> [..., I]: gate * sigmoid(alpha gate) * (up + 1).
 
-    The gate is clamped from above only.
+    The gate is clamped from above only. ``plain``: gate * sigmoid(gate) * up (arXiv:2002.05202).
     """
     gate, up = x[..., 0::2].float(), x[..., 1::2].float()
+    if plain:
+        return (F.silu(gate) * up).to(x.dtype)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(x.dtype)
 
 
-def pack(w: Tensor | MXFP4) -> Tensor | MXFP4:
+Weights = Tensor | MXFP4 | Int4
+
+
+def pack(w: Weights) -> Weights:
     """The experts' matrices as ``experts`` wants them: here as they are."""
     return w
 
@@ -208,13 +215,14 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    w13: Tensor | MXFP4,
+    w13: Weights,
     b13: Tensor,
-    w2: Tensor | MXFP4,
+    w2: Weights,
     b2: Tensor | None,
     first: int,
     limit: float,
     alpha: float,
+    plain: bool = False,
     activations: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """The weighted sum over those of each token's experts that live on this rank: [T, D].
@@ -227,7 +235,8 @@ def experts(
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in range(len(b13)):
         mine = torch.where(ids == first + e, weights, 0).sum(-1, keepdim=True)
-        h = swiglu(F.linear(activations(x), expert(w13, e, x.dtype), b13[e]), limit, alpha)
+        h = F.linear(activations(x), expert(w13, e, x.dtype), b13[e])
+        h = swiglu(h, limit, alpha, plain)
         y = F.linear(activations(h), expert(w2, e, x.dtype), None if b2 is None else b2[e])
         total += torch.where(mine > 0, mine * y.float(), 0)
     return total.to(x.dtype)
@@ -366,6 +375,8 @@ def mxfp8(x: Tensor) -> Tensor:
     return torch.ldexp(blocks, scales[..., None].int() - 127).flatten(-2).to(x.dtype)
 
 
-def expert(w: Tensor | MXFP4, e: int, dtype: torch.dtype) -> Tensor:
+def expert(w: Weights, e: int, dtype: torch.dtype) -> Tensor:
     """The matrix of local expert ``e``, dequantised if it is packed."""
+    if isinstance(w, Int4):
+        return int4.dequantize(Int4(w.words[e], w.scales[e]), dtype)
     return dequantize(MXFP4(w.blocks[e], w.scales[e]), dtype) if isinstance(w, MXFP4) else w[e]

@@ -40,6 +40,8 @@ def _scores(  # type: ignore[no-untyped-def]
     inside = v < vocab
     scores = tl.load(logits_ptr + row * stride + v, mask=inside, other=float("-inf"))
     scores = scores.to(tl.float32)
+    # A model that is broken must not take the engine with it: NaN is never the best.
+    scores = tl.where(scores == scores, scores, float("-inf"))
     if allowed_ptr is not None:
         words = tl.load(allowed_ptr + row * allowed_stride + v // 32, mask=inside, other=0)
         scores = tl.where((words >> (v % 32)) & 1 != 0, scores, float("-inf"))
@@ -193,6 +195,8 @@ def _pick(best_ptr, ids_ptr, tokens_ptr, PARTS: tl.constexpr):  # type: ignore[n
     parts = tl.arange(0, PARTS)
     best = tl.load(best_ptr + row * PARTS + parts)
     ids = tl.load(ids_ptr + row * PARTS + parts)
+    # Parts without tokens have none for an id.
+    best = tl.where(ids == 2147483647, float("-inf"), best)
     token = tl.min(tl.where(best == tl.max(best, 0), ids, 2147483647), 0)
     tl.store(tokens_ptr + row, token.to(tl.int64))
 

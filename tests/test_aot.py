@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from kernels import aot, configurations, linear, norm
+from kernels import aot, configurations, linear, moe, norm
 from kernels.configurations import FAMILIES, Tile
 from kernels.launch import Launch, watched
 from tests.checkpoints import gpt_oss_config
@@ -98,6 +98,38 @@ def test_machine_code(
     assert not wrong, "\n".join(wrong)
     kernels = {variant.name for variant in variants}
     assert {"_attend", "_rope_kv_write", "_route"} <= kernels
+
+
+def int4_launches(tokens: int, arch: int) -> list[Launch]:
+    """Llama-4 Scout's experts in INT4; no model is served with them yet."""
+    count, hidden, inner = 16, 5120, 8192
+    config = configurations.experts(configurations.family(arch), invariant=False)
+    found: list[Launch] = []
+    with FakeTensorMode(), watched(found.append):
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        def words(rows: int, depth: int) -> moe.Int4Words:
+            packed = empty(count, rows, depth // 8, dtype=torch.int32)
+            return moe.Int4Words(packed, empty(count, rows, depth // 128))
+
+        ids = empty(tokens, 1, dtype=torch.int32)
+        moe.experts(
+            empty(tokens, hidden), ids, empty(tokens, 1, dtype=torch.float32),
+            words(2 * inner, hidden), empty(count, 2 * inner), words(hidden, inner),
+            None, 0, 0.0, 0.0, plain=True, config=config,
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_machine_code_of_int4(tokens: int, arch: int, directory: Path, tmp_path: Path) -> None:
+    variants = aot.compile(int4_launches(tokens, arch), arch, directory)
+    wrong = [f"{v.name} {v.launch.options}: {w}" for v in variants for w in gate(v, tmp_path)]
+    assert not wrong, "\n".join(wrong)
+    assert "_grouped" in {variant.name for variant in variants}
 
 
 LOADER = """

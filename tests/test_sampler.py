@@ -177,6 +177,8 @@ def test_bias() -> None:
         {"temperature": 0.0, "logit_bias": {worst: 100.0, 3: -100.0}},
     ]
     assert draw(sampler(*hows), rows) == [int(rows[0].argmax()), worst]
+    beyond = {"temperature": 0.0, "logit_bias": {VOCABULARY + 3: 100.0, -1: 100.0}}
+    assert draw(sampler(beyond, dict(beyond)), rows) == rows.argmax(-1).tolist()
     assert draw(sampler({"temperature": 0.0}), rows[1:]) == [int(rows[1].argmax())]
 
 

@@ -115,8 +115,9 @@ class Sampler:
         by: list[float] = []
         for row in np.flatnonzero([slot in self._bias for slot in slots.tolist()]).tolist():
             for token, bias in self._bias[slots[row]].items():
-                at.append(row * vocabulary + token)
-                by.append(bias)
+                if 0 <= token < vocabulary:  # others are nobody's
+                    at.append(row * vocabulary + token)
+                    by.append(bias)
         for row in np.flatnonzero(positions < self._first_stop[slots]).tolist():
             banned = [i for i in self._stops[slots[row]] if i < vocabulary]
             at += [row * vocabulary + token for token in banned]

@@ -61,8 +61,14 @@ class Sequence:
     def refusal(self, config: SchedulerConfig, pool: BlockPool) -> str | None:
         """Why this can never be served, with the numbers; None if it can."""
         max_tokens = self.sampling.max_tokens
-        if self.sampling.logprobs is not None:
+        how = self.sampling
+        if how.logprobs is not None:
             return "logprobs are not available yet"
+        if how.repetition_penalty <= 0 or not 0 <= how.min_p <= 1:
+            return (
+                "needs repetition_penalty above 0 and min_p from 0 to 1, not "
+                f"{how.repetition_penalty} and {how.min_p}"
+            )
         if not self.prompt or max_tokens < 1:
             return f"needs a prompt and max_tokens >= 1, got {self.prompt} tokens and {max_tokens}"
         if self.prompt >= config.max_model_len:

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import configurations, moe, reference
+from kernels import configurations, int4, moe, reference
 from kernels.configurations import Experts, Tile, Tiles
+from kernels.int4 import Int4
 from kernels.mxfp4 import MXFP4, dequantize
 from tests.checkpoints import quantize_mxfp4
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SMALL = Experts(
     Tiles(Tile(16, 32, 32, 4, 1), Tile(32, 32, 64, 4, 1)),
+    Tiles(Tile(16, 32, 0, 4, 1), Tile(32, 32, 0, 4, 1)),
     Tiles(Tile(16, 32, 128, 4, 1), Tile(128, 32, 128, 4, 1)),
 )
 
@@ -71,7 +73,8 @@ def test_packed_words_hold_every_number() -> None:
         1,
         0.0,
         0.0,
-        SMALL.plain.large,
+        False,
+        SMALL.words.large,
     )
     assert torch.equal(ours.T[None], expected)
     with pytest.raises(ValueError, match=r"scale of 2\^2 is above 2"):
@@ -120,16 +123,22 @@ def test_experts(
         x.float(), ids, weights, wide[0], b13.float(), wide[1],
         None if last is None else last.float(), *rest,
     )  # fmt: skip
-    ours = moe.experts(x, ids, weights, packed[0], b13, packed[1], last, *rest, SMALL)
+    ours = moe.experts(x, ids, weights, packed[0], b13, packed[1], last, *rest, config=SMALL)
     close(ours, expected)
 
 
-@pytest.mark.parametrize("mxfp4", [False, True])
-def test_rows_never_depend_on_their_batch(mxfp4: bool) -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("form", ["dense", "words", "scaled"])
+def test_rows_never_depend_on_their_batch(form: str) -> None:
     draw = torch.Generator().manual_seed(0)
     x, logits = torch.randn(70, 64, generator=draw), torch.randn(70, 8, generator=draw)
     matrices = torch.randn(8, 64, 64, generator=draw), torch.randn(8, 64, 32, generator=draw)
-    w13, w2 = (moe.pack(MXFP4(*quantize_mxfp4(w)) if mxfp4 else w) for w in matrices)
+    packed = [MXFP4(*quantize_mxfp4(w)) for w in matrices]
+    w13, w2 = {
+        "dense": matrices,
+        "words": [moe.pack(w) for w in packed],
+        "scaled": [moe.scaled(w) for w in packed],
+    }[form]
     b13, b2 = torch.randn(2, 8, 64, generator=draw)
     ids, weights = moe.route(logits, 3, torch.arange(70))
     config = configurations.experts("generic", invariant=True)
@@ -137,7 +146,7 @@ def test_rows_never_depend_on_their_batch(mxfp4: bool) -> None:
     def some(first: int, last: int) -> Tensor:
         mine = slice(first, last)
         return moe.experts(
-            x[mine], ids[mine], weights[mine], w13, b13, w2, b2, 0, 7.0, 1.702, config
+            x[mine], ids[mine], weights[mine], w13, b13, w2, b2, 0, 7.0, 1.702, config=config
         )
 
     expected = some(0, 70)
@@ -165,6 +174,8 @@ def test_quantize_mxfp8(dtype: torch.dtype, width: int) -> None:
     close_to = x.float().unflatten(1, (-1, 32))
     most = close_to.abs().amax(-1, keepdim=True)
     assert ((restored - close_to).abs() <= most / 8 + 1e-38).all()
+    x[5, 3] = torch.nan
+    assert moe.quantize_mxfp8(x)[0].float().isnan().nonzero().tolist() == [[5, 3]]
 
 
 # Rows of pairs that are not on this rank are never written, and rounded as they are.
@@ -188,13 +199,44 @@ def test_scaled_experts(tokens: int, skew: bool) -> None:
     b13, b2 = (torch.randn(count, n, generator=draw).bfloat16() for n in (2 * inner, hidden))
 
     def expected(activations: Callable[[Tensor], Tensor]) -> Tensor:
-        rest = (w13, b13, w2, b2, 2, 7.0, 1.702, activations)
+        rest = (w13, b13, w2, b2, 2, 7.0, 1.702, False, activations)
         return reference.experts(x, ids, weights, *rest).float()
 
-    rest = (2, 7.0, 1.702, SMALL)
-    ours = moe.experts(x, ids, weights, moe.scaled(w13), b13, moe.scaled(w2), b2, *rest).float()
+    rest = (moe.scaled(w13), b13, moe.scaled(w2), b2, 2, 7.0, 1.702)
+    ours = moe.experts(x, ids, weights, *rest, config=SMALL).float()
     exact = expected(lambda x: x)
     largest = float(exact.abs().max())
     assert (ours - expected(reference.mxfp8)).abs().max() < 0.02 * largest
     assert (ours - exact).norm() < 0.08 * exact.norm()
     assert not ours[1:2].any(), "padding went to an expert"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("plain", [False, True])
+def test_int4_experts(dtype: torch.dtype, tokens: int, plain: bool) -> None:
+    """Every integer in every place, and both kinds of SwiGLU."""
+    draw = torch.Generator().manual_seed(tokens)
+    count, hidden, inner = 4, 256, 128
+
+    def random(rows: int, depth: int) -> Int4:
+        size = (count, rows, depth // 8)
+        words = torch.randint(-(2**31), 2**31, size, generator=draw).int()
+        scales = torch.rand(count, rows, depth // 128, generator=draw) * 0.05
+        return Int4(words, scales.bfloat16())
+
+    w13, w2 = random(2 * inner, hidden), random(hidden, inner)
+    x = torch.randn(tokens, hidden, generator=draw).to(dtype)
+    b13, b2 = (torch.randn(count, n, generator=draw).to(dtype) for n in (2 * inner, hidden))
+    logits = torch.randn(tokens, 8, generator=draw)
+    ids, weights = moe.route(logits, 3, torch.arange(tokens))
+    rest = (b2, 2, 7.0, 1.702, plain)
+    ours = moe.experts(x, ids, weights, moe.pack(w13), b13, moe.pack(w2), *rest, config=SMALL)
+    wide = [int4.dequantize(w, dtype).float() for w in (w13, w2)]
+    close(
+        ours,
+        reference.experts(
+            x.float(), ids, weights, wide[0], b13.float(), wide[1], b2.float(), *rest[1:]
+        ),
+    )
+    close(ours, reference.experts(x, ids, weights, w13, b13, w2, *rest))

@@ -136,3 +136,20 @@ def test_penalise() -> None:
     ours = sampling.penalise(logits, counts, *rest)
     torch.testing.assert_close(ours, reference.penalise(logits, counts, *rest))
     assert torch.equal(ours[0], logits[0].float())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_broken_row_gets_a_token_all_the_same() -> None:
+    logits = torch.zeros(4, 50)
+    logits[0], logits[1, 7], logits[2], logits[3, 9] = torch.nan, torch.nan, -torch.inf, torch.inf
+    for temperature in (0.0, 1.0):
+        for filtered in (False, True):
+            column = torch.full((4,), temperature)
+            draws = Draws(
+                column, torch.full((4,), 5).int(), column * 0 + 0.9, column * 0, keys(4), None,
+                temperature > 0, filtered,
+            )  # fmt: skip
+            tokens = sampling.sample(logits, draws)
+            assert ((tokens >= 0) & (tokens < 50)).all()
+            assert tokens[1] != 7
+            assert tokens[3] == 9
