@@ -156,9 +156,9 @@ class Dry:
             _Stays(),
             watched(launches.append),
         ):
-            # As the sampler makes them: rows of one tensor, so not all are aligned alike.
-            columns = torch.empty(9, rows, dtype=torch.int32, device=CUDA)
-            floats = columns[:6].view(torch.float32)
+            columns = torch.empty(9, -(-rows // 4) * 4, dtype=torch.int32, device=CUDA)
+            columns = columns.narrow(1, 0, rows)
+            floats = columns.narrow(0, 0, 6).view(torch.float32)
             counts = torch.empty(2, logits.shape[1], dtype=torch.int32, device=CUDA)
             lines = torch.empty(rows, dtype=torch.int64, device=CUDA)
             wide = ops.penalise(logits, counts, lines, *floats[3:])

@@ -78,8 +78,11 @@ class Sampler:
         """
         floats = self._floats[:, slots]
         keys = _mix64(self._key[slots] + positions.astype(np.uint64)).view(np.int32).reshape(-1, 2)
-        columns = np.concatenate((floats.view(np.int32), self._top_k[None, slots], keys.T))
-        on_device = self._send(torch.from_numpy(columns))
+        rows = len(slots)
+        columns = np.zeros((9, -(-rows // 4) * 4), np.int32)  # aligned alike for any number of rows
+        columns[:6, :rows] = floats.view(np.int32)
+        columns[6, :rows], columns[7:, :rows] = self._top_k[slots], keys.T
+        on_device = self._send(torch.from_numpy(columns))[:, :rows]
         values = on_device[:6].view(torch.float32)
         logits = self._adjusted(logits, slots, positions)
         penalised = np.flatnonzero(self._penalised[slots])
