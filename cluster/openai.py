@@ -392,10 +392,10 @@ def _sampling(model: Model, asked: CompletionsBody | ChatBody, limit: int, seed:
     for name, value, low, high in (
         ("temperature", temperature, 0, 2),
         ("top_p", top_p, 0, 1),
-        ("top_k", top_k, -1, 1 << 31),
+        ("top_k", top_k, -1, (1 << 31) - 1),
         ("seed", seed, -(1 << 63), (1 << 63) - 1),
         ("min_tokens", asked.min_tokens, 0, limit),
-        ("priority", asked.priority, -(1 << 31), 1 << 31),
+        ("priority", asked.priority, -(1 << 31), (1 << 31) - 1),
     ):
         if not low <= value <= high:
             raise Refusal(f"{name} must be from {low} to {high}, not {value}", param=name)

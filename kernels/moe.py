@@ -179,7 +179,8 @@ def _route(  # type: ignore[no-untyped-def]
     index = tl.arange(0, EXPERTS)
     inside = index < experts
     logits = tl.load(logits_ptr + token * experts + index, mask=inside, other=0.0).to(tl.float32)
-    logits = tl.where(inside, logits, float("-inf"))
+    # NaN, of a model that is broken, is the largest of nothing and would choose nobody.
+    logits = tl.where(inside & (logits == logits), logits, float("-inf"))
     choices = tl.arange(0, CHOICES)
     ids = tl.zeros([CHOICES], tl.int32)
     tops = tl.full([CHOICES], float("-inf"), tl.float32)

@@ -45,8 +45,10 @@ def _scores(  # type: ignore[no-untyped-def]
     if allowed_ptr is not None:
         words = tl.load(allowed_ptr + row * allowed_stride + v // 32, mask=inside, other=0)
         scores = tl.where((words >> (v % 32)) & 1 != 0, scores, float("-inf"))
-    # A greedy row is not divided: 0 is its temperature.
-    return tl.where(temperature > 0, scores / tl.where(temperature > 0, temperature, 1.0), scores)
+    # A greedy row is not divided: 0 is its temperature. No score is so large that the difference
+    # of two is no number.
+    scores = scores / tl.where(temperature > 0, temperature, 1.0)
+    return tl.minimum(scores, 3.0e38)
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _thresholds(  # type: ignore[no-untyped-def]
         )
         tops = tl.maximum(tops, scores)
     top = tl.max(tops, 0)
-    low = _ordered(top * 0 + float("-inf"))
+    low = _ordered(tl.full([], float("-inf"), tl.float32))
     if (temperature > 0) & (k > 0) & (k < vocab):
         found = low * 0
         for step in range(8):
@@ -236,6 +238,8 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
     """
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
+    vectors = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.keys)
+    assert all(vector.is_contiguous() for vector in vectors)
     allowed, device = draws.allowed, logits.device
     masked = (allowed, 0 if allowed is None else allowed.stride(0))
     thresholds = None
@@ -292,6 +296,7 @@ def penalise(
 ) -> Tensor:
     """See ``kernels.reference.penalise``."""
     rows, vocab = logits.shape
+    assert all(vector.is_contiguous() for vector in (lines, repetition, frequency, presence))
     assert logits.stride(1) == 1
     assert counts.is_contiguous()
     out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)

@@ -22,8 +22,8 @@ class Symmetric:
 
     Made of torch.distributed._symmetric_memory. By torch's source the kernel adds from the
     first rank to the last on every rank, rounding each time, so that all have the same bits.
-    Nothing here waits for the device, so it can be
-    captured in a CUDA graph. No GPU has run it.
+    Nothing here waits for the device, so it can be captured in a CUDA graph. A kernel that waits
+    for a rank that is gone cannot be aborted: it ends with its process. No GPU has run it.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # these import torch
     from workers.capacity import Capacity
     from workers.rank import RankReport
 
-MEET = 120.0  # seconds for the ranks to start, find each other and take their memory
-LOAD = 3600.0  # seconds for the weights
+MEET = 120.0  # seconds for the ranks to start and find each other
+LOAD = 3600.0  # seconds for the weights, and again for memory and graphs
 PING = 10.0  # seconds a rank has to answer
 LEASE = 86400.0  # seconds of a request without a deadline
 
@@ -211,7 +211,7 @@ class EngineReplica:
             self._reports: list[RankReport] = await asyncio.gather(
                 *[rank.load.remote(*where) for rank in self._ranks]
             )
-        async with asyncio.timeout(MEET):
+        async with asyncio.timeout(LOAD):  # graphs are captured, kernels perhaps compiled
             free = min(report.free_bytes for report in self._reports)
             self._capacity: Capacity = await self._ranks[0].plan.remote(free)
             replica = serve.get_replica_context().replica_id.unique_id

@@ -7,7 +7,7 @@ it yet; ``tests.fakes.Replaying`` stands in for it where tests have none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class Device(Protocol):
     def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Start copying to the host; the call waits for it."""
 
-    def capture(self, compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Record a computation: its result, and what makes the device do it again."""
+    def capture(self, compute: Callable[[], object]) -> Callable[[], None]:
+        """Record a computation; what is returned makes the device do it again."""
 
 
 class Host:
@@ -61,7 +61,7 @@ class Host:
     def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
 
-    def capture(self, compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def capture(self, compute: Callable[[], object]) -> Callable[[], None]:
         raise NotImplementedError("a CPU has no graphs")
 
 
@@ -106,6 +106,7 @@ class Cuda:
         self._copied = [torch.cuda.Event() for _ in range(RING)]
         self._target = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()  # one: cuBLAS keeps a workspace for each
         self._fresh = True
 
     def put(self, tensor: Tensor) -> Tensor:
@@ -133,14 +134,14 @@ class Cuda:
 
         return wait
 
-    def capture(self, compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def capture(self, compute: Callable[[], object]) -> Callable[[], None]:
         # Once outside: libraries and Triton set themselves up at their first call.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             compute()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = compute()
-        return result, graph.replay
+        # NCCL's watchdog, in a thread of its own, may ask for events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            compute()
+        return graph.replay

@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from workers.runner import Runner, inputs_bytes
 from workers.scheduler import Scheduler
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+LOAD = timedelta(hours=1)  # for the weights of the slowest rank
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +166,10 @@ class Rank:
 
         weights.load(model, plan, self._device, dequantise, advance)
         self._place, self._model = place, model.eval()
+        if store is not None and self._device.type == "cuda":
+            # The rehearsal has collectives, and their deadline is shorter than a slow disk's.
+            store.set(f"loaded {self._layout.rank}", "1")
+            store.wait([f"loaded {rank}" for rank in range(self._layout.tp)], LOAD)
         return RankReport(
             rank=self._layout.rank,
             pid=os.getpid(),
@@ -221,10 +229,13 @@ class Rank:
         config = SchedulerConfig(
             max_num_seqs=self._spec.max_num_seqs,
             max_num_batched_tokens=tokens,
-            max_model_len=tokens + 1,
+            max_model_len=max(
+                tokens + 1, self._spec.max_model_len or self.architecture.max_position
+            ),
             eos_token_ids=(),
         )
         before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
         self._runner(block, config, graphs=False).rehearse(tokens)
         torch.cuda.synchronize(self._device)
         peak = torch.cuda.max_memory_allocated(self._device) - before

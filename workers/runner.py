@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from workers.device import Device
 from workers.kvcache import KVCache
 from workers.model import Decoder
 from workers.sampler import Sampler
-from workers.wire import Batch, StepResult
+from workers.wire import Batch, Join, Sampling, StepResult
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -79,7 +80,8 @@ class Runner:
         # The kernels' own copy, which on a CPU is the same memory.
         self._resident = tables.to(cache.arena.device)
         self._last = torch.zeros(slots, dtype=torch.int64, device=cache.arena.device)
-        self._graphs: dict[Hashable, tuple[tuple[Tensor, Tensor], Callable[[], None]]] = {}
+        self._graphs: dict[Hashable, Callable[[], None]] = {}
+        self._results: tuple[Tensor, ...] = ()  # of the graphs: logits and hits
         self._ladder = ladder(slots) if device.graphs else []
 
     @property
@@ -94,11 +96,13 @@ class Runner:
             return Launched(batch.step, lambda: self._last[:0], None)
         slots, starts, counts, _, samples = _columns(batch)
         step = self.prepare(batch)
-        if self._decoding(counts, samples):
-            (logits, hits), replay = self._graph(step)
-            replay()
-        else:
+        # A key that start-up did not think of is computed as it is: capturing takes a pause.
+        replay = self._graphs.get(_key(step)) if self._decoding(counts, samples) else None
+        if replay is None:
             logits, hits = self.compute(step)
+        else:
+            replay()
+            logits, hits = self._results
         seats = slots[samples]
         chosen = self._choose(logits[: len(seats)], seats, (starts + counts)[samples])
         self._last[self._device.send(torch.from_numpy(seats))] = chosen
@@ -141,6 +145,8 @@ class Runner:
         """Columns of R rows, then of T tokens; rows of no tokens and tokens of no row, both at the
         end, are padding."""
         put, config = self._device.put, self._cache.config
+        # Without graphs, plans may be of any size and need no fixed address.
+        put_plan = put if self._device.graphs else self._device.send
 
         def plan(group: KVGroup, tables: npt.NDArray[np.int32], resident: Tensor) -> Plan:
             rows = Rows(
@@ -155,7 +161,7 @@ class Runner:
                 window=group.size if group.kind == "window" else 0,
                 chunk=group.size if group.kind == "chunk" else 0,
             )
-            return self._model.ops.plan(rows, put)
+            return self._model.ops.plan(rows, put_plan)
 
         step = Step(
             tokens=put(torch.from_numpy(tokens)),
@@ -184,16 +190,37 @@ class Runner:
     def capture(self) -> int:
         """Record the decode steps that may come, if the device has graphs; how many."""
         longest = self._config.max_model_len
-        for size in self._ladder:
-            none = np.zeros(size, np.int64)
-            for length in [*(1 << i for i in range(longest.bit_length())), longest]:
-                starts = np.full(size, length - 1)
-                self._graph(self._send(np.arange(size), none, starts, none, none, none, none))
+        # From the largest on, so that smaller ones find memory that it has left.
+        for size in reversed(self._ladder):
+            for length in [longest, *(1 << i for i in range(longest.bit_length()))]:
+                step = self._padding(size, length)
+                if not self._results:
+                    self._results = self.compute(step)
+                if _key(step) not in self._graphs:
+                    self._graphs[_key(step)] = self._device.capture(partial(self._record, step))
         return len(self._graphs)
+
+    def _record(self, step: Step) -> None:
+        """Compute a step into the results that all graphs share: logits are large, graphs many."""
+        logits, hits = self.compute(step)
+        kept, sums = self._results
+        kept.narrow(0, 0, len(logits)).copy_(logits)
+        sums.copy_(hits)
+
+    def _padding(self, size: int, length: int) -> Step:
+        """A decode step of nothing but padding, laid out for sequences of ``length`` tokens."""
+        none = np.zeros(size, np.int64)
+        starts = np.full(size, length - 1)
+        return self._send(np.arange(size), none, starts, none, none, none, none)
 
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
-        """Compute the largest step there can be, of empty sequences: for who measures memory."""
+        """Compute the largest steps there can be, of empty sequences, with all that sampling may
+        ask for: for who measures memory."""
+        how = Sampling(max_tokens=1, min_tokens=1, repetition_penalty=2.0, logit_bias={0: 1.0})
+        for slot in range(self._config.max_num_seqs):
+            self._sampler.join(Join(slot, how, 0, 0))
+        self.compute(self._padding(self._config.max_num_seqs, self._config.max_model_len))
         rows = min(self._config.max_num_seqs, tokens)
         counts = np.full(rows, tokens // rows)
         counts[: tokens % rows] += 1
@@ -204,13 +231,6 @@ class Runner:
         step = self._send(ends - 1, slots, starts, counts, token_slots * 0, token_slots, positions)
         logits, _ = self.compute(step)
         self._sampler(logits, slots, ends)
-
-    def _graph(self, step: Step) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
-        """Where a recorded step leaves its result, and what computes it from the last inputs."""
-        key = (len(step.tokens), *(plan.key for plan in step.plans))
-        if key not in self._graphs:
-            self._graphs[key] = self._device.capture(lambda: self.compute(step))
-        return self._graphs[key]
 
     def _decoding(self, counts: Ints, samples: Bools) -> bool:
         """Whether the step is one that graphs exist for."""
@@ -241,6 +261,11 @@ class Runner:
         else:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
         return self._group.broadcast(tokens, 0) if len(slots) else tokens
+
+
+def _key(step: Step) -> Hashable:
+    """What a graph of the step depends on."""
+    return (len(step.tokens), *(plan.key for plan in step.plans))
 
 
 def _columns(batch: Batch) -> tuple[Ints, Ints, Ints, Bools, Bools]:

@@ -57,7 +57,7 @@ class Sampler:
             sampling.frequency_penalty,
             sampling.presence_penalty,
         )
-        self._top_k[slot] = sampling.top_k
+        self._top_k[slot] = min(sampling.top_k, np.iinfo(np.int32).max)
         self._key[slot] = noise_key(sampling.seed, join.choice)
         self._first_stop[slot] = join.prompt_tokens + sampling.min_tokens
         eos = () if sampling.ignore_eos else self._eos
