@@ -188,6 +188,7 @@ def test_fields_not_served_are_refused_by_name_unless_neutral(kind: str) -> None
         ("chat", {"temperature": 2.5}, "temperature", "from 0 to 2"),
         ("chat", {"top_p": -0.1}, "top_p", "from 0 to 1"),
         ("chat", {"top_k": -2}, "top_k", "from -1"),
+        ("chat", {"top_k": 1 << 31}, "top_k", "from"),
         ("chat", {"seed": 1 << 70}, "seed", "from"),
         ("chat", {"seed": True}, "seed", "int"),
         ("chat", {"max_tokens": 0}, "max_tokens", "at least 1"),
