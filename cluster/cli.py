@@ -331,6 +331,7 @@ def compile_kernels(
     tensor_parallel_size: Ranks = 1,
     enable_expert_parallel: WholeExperts = False,
     dtype: DType = "auto",
+    kv_cache_dtype: KVDType = "auto",
     batch_invariant: Invariant = False,
     max_model_len: Length = None,
     max_num_seqs: Sequences = 256,
@@ -348,6 +349,7 @@ def compile_kernels(
         tensor_parallel_size=tensor_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         batch_invariant=batch_invariant,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -373,6 +375,7 @@ def kernels(
     ] = "",
     tensor_parallel_size: Ranks = 1,
     enable_expert_parallel: WholeExperts = False,
+    kv_cache_dtype: KVDType = "auto",
     batch_invariant: Invariant = False,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -385,6 +388,7 @@ def kernels(
         device="cuda",
         tensor_parallel_size=tensor_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
+        kv_cache_dtype=kv_cache_dtype,
         batch_invariant=batch_invariant,
     )
     from kernels import aot, traffic

@@ -81,7 +81,8 @@ def attention(arch: Family, heads: int, kv_heads: int, head_dim: int, invariant:
     # 128 rows with 8 warps spill on tcgen05, 64 rows with 4 warps on mma.sync.
     warps = {"generic": 8, "hopper": 4 if rows == 64 else 8, "blackwell": 4}[arch]
     prefill = Tile(rows, 64, head_dim, warps, 3, PRODUCTS[arch])
-    decode = prefill if invariant else Tile(16, 64, head_dim, 4, 4)
+    # With fp8 keys, 4 warps spill on sm_100.
+    decode = prefill if invariant else Tile(16, 64, head_dim, 8 if arch == "blackwell" else 4, 4)
     return Attention(group, kv_heads, prefill, decode, 264, 256, 1024 if invariant else 0)
 
 

@@ -77,10 +77,12 @@ MATRIX = [
         for spec in (
             DEFAULT,
             ModelSpec(batch_invariant=True),
+            ModelSpec(kv_cache_dtype="fp8"),
             ModelSpec(tensor_parallel_size=8),
             ModelSpec(tensor_parallel_size=8, enable_expert_parallel=True),
         )
         if (model, spec) != ("gpt-oss-120b", DEFAULT) or arch not in (90, 100)
+        if spec.kv_cache_dtype == "auto" or arch >= 89
     ),
 ]
 
