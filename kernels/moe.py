@@ -357,8 +357,8 @@ def _add_pairs(  # type: ignore[no-untyped-def]
     for choice in tl.static_range(K):
         pair = token * K + choice
         expert = tl.load(ids_ptr + pair) - first
-        here = (expert >= 0) & (expert < experts)
-        row = tl.load(pairs_ptr + pair * width + n, mask=inside & here, other=0.0)
+        here = n < tl.where((expert >= 0) & (expert < experts), width, 0)
+        row = tl.load(pairs_ptr + pair * width + n, mask=here, other=0.0)
         total += row.to(tl.float32)
     tl.store(out_ptr + token * width + n, total.to(out_ptr.dtype.element_ty), mask=inside)
 
