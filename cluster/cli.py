@@ -453,7 +453,7 @@ def _compiled(
         for number in numbers:
             launches = dryrun.launches(architecture, spec, number)
             yield number, aot.compile(launches, number, directory), directory
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error)
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from kernels.configurations import family
 from kernels.launch import Launch
 
 MANIFEST = "moeray.json"
+PATIENCE = 60.0  # seconds for another process to read or write the manifest
 ALIGNED = 512  # bytes: every allocation of torch's CUDA allocator begins at a multiple
 log = logging.getLogger(__name__)
 
@@ -230,10 +232,20 @@ def _replace(file: Path, text: str) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Ranks of one node start together on one cache."""
+    """Ranks of one node start together on one cache. Raises TimeoutError."""
     directory.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE
     with (directory / f"{MANIFEST}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"another process has held {file.name} for {PATIENCE:.0f} s; end it"
+                    ) from None
+                time.sleep(0.1)
         yield
 
 
@@ -288,7 +300,6 @@ class Loop:
     products: int
     ffma: int
     copies: int
-    wide_loads: int  # plain ones of 16 bytes a thread
 
 
 def inspect(variant: Variant, scratch: Path) -> Code:
@@ -335,10 +346,11 @@ def row(variant: Variant, scratch: Path) -> dict[str, str | int]:
     code = inspect(variant, scratch)
     options = variant.launch.options
     sizes = [f"{options[name]}" for name in ("ROWS", "COLUMNS", "KEYS", "DEPTH") if name in options]
-    flags = [
+    flags = [str(options["FORM"])] if "FORM" in options else []
+    flags += [
         f"{name.lower()} {value}" if value is not True else name.lower()
         for name, value in options.items()
-        if name in ("WINDOW", "CHUNK", "SPAN", "SPLIT", "UP", "ADD", "PACKED", "FP8") and value
+        if name in ("WINDOW", "CHUNK", "SPAN", "SPLIT", "UP", "ADD", "FP8") and value
     ]
     counted = [f"{number} {name}" for name, number in code.products.items()]
     return {
@@ -395,7 +407,6 @@ def _loops(text: str) -> tuple[Loop, ...]:
                 sum(names[name] for name in _PRODUCTS),
                 names["FFMA"] + names["FFMA2"],
                 sum(names[name] for name in _COPIES),
-                sum(opcode.startswith("LDG.") and ".128" in opcode for opcode in opcodes),
             )
         )
     return tuple(loops)

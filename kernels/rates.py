@@ -158,7 +158,7 @@ def invariance_costs() -> Named:
 
 
 def kernel_times() -> Named:
-    """Section 4,."""
+    """Section 4."""
     found: Named = []
     for batch in (1, 8, 64):
         for window in (0, 128):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -229,6 +230,20 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest cut off": lambda at: (at / aot.MANIFEST).write_text("{"),
     "manifest of another kind": lambda at: (at / aot.MANIFEST).write_text('{"entries": [1]}'),
 }
+
+
+def test_nobody_waits_for_ever_for_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start goes on with a warning; ``moeray compile`` ends with what to do."""
+    monkeypatch.setattr(aot, "PATIENCE", 0.2)
+    (tmp_path / aot.MANIFEST).write_text('{"entries": {}}')
+    with (tmp_path / f"{aot.MANIFEST}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        aot.verify(tmp_path)
+        assert "another process has held" in caplog.text
+        with pytest.raises(TimeoutError, match="end it"):
+            aot.compile([], 90, tmp_path)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
