@@ -120,7 +120,7 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
             "--kv-cache-dtype auto"
         )
     # Reads TRITON_INTERPRET, and takes a second: not where nobody asked for it.
-    from kernels import attention, configurations, linear, moe, norm, rope, sampling
+    from kernels import attention, configurations, linear, moe, norm, packed, rope, sampling
 
     invariant = shapes.batch_invariant
     arch = configurations.family(shapes.arch)
@@ -137,7 +137,7 @@ def _triton(why: str, kind: str, shapes: Shapes) -> _Choice:
         "plan": partial(attention.plan, config=tiles),
         "paged_attention": attention.paged_attention,
         "route": moe.route,
-        "pack": moe.scaled if native else moe.pack,
+        "pack": partial(packed.pack, native=native),
         "experts": partial(moe.experts, config=experts),
         "penalise": sampling.penalise,
         "sample": sampling.sample,

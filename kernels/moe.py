@@ -4,163 +4,30 @@ Pairs of a token and one of its experts are sorted by expert on the device, with
 one order for one input. The first product gathers its rows from the tokens and ends in SwiGLU, the
 second one weighs its rows and scatters them to their pairs; a token's pairs are then added in the
 order of its choices. A row's result depends on its own values only, so one tile shape for all
-batches makes it independent of its batch.
-
-MXFP4 weights without native support are unpacked in registers: see ``MXFP4Words``. Where tensor
-cores take blocks with scales (sm_100, sm_103), they stay as they are, and activations become
-mxfp8 before each product: see ``Scaled`` and ``quantize_mxfp8``. INT4 weights are unpacked much
-like MXFP4's: see ``Int4Words``.
+batches makes it independent of its batch. Weights may be packed: see ``kernels/packed.py``.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from typing import TypeAlias
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Experts, Tile
-from kernels.int4 import Int4, nibbles
 from kernels.launch import launch
-from kernels.mxfp4 import BLOCK, MXFP4
+from kernels.packed import (
+    INTERPRETED,
+    Packed,
+    quantize_mxfp8,
+    quantize_nvfp4,
+    unpack_int4,
+    unpack_mxfp4,
+    unpack_nvfp4,
+)
 
-CHUNK = 128  # elements along the sum in one run of words
-# The bits of element j in its half word: sign, exponent (2), mantissa.
-PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (10, 14, 13, 11))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SORTED = 1024  # pairs that the sort looks at a time
-
-
-@dataclass(frozen=True, slots=True)
-class MXFP4Words:
-    """MXFP4 matrices [E, N, K] arranged so that few integer instructions unpack two elements.
-
-    ``words`` int32 [E, N, chunks * 16]: word c of a chunk of 128 holds, for j in 0..3, elements
-    32 j + 2 c in its lower half and 32 j + 2 c + 1 in its upper half, each bit of the four numbers
-    of a half at ``PLACES[j]``. bf16 has its sign in bit 15 and a small number's exponent and
-    mantissa in bits 8 to 6: a shift by 3 j takes elements 0 to 2 there; 3 gets what is left.
-    ``scales`` int32 [E, N, chunks]: byte j is the scale of elements 32 j and on.
-    """
-
-    words: Tensor  # zero beyond K
-    scales: Tensor
-
-
-Weights: TypeAlias = "Tensor | MXFP4Words | Scaled | Int4Words"
-
-
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """MXFP4 matrices [E, N, K] as tensor cores take them, K padded to a multiple of CHUNK by zeros.
-
-    ``blocks`` u8 [E, N, K / 2]: byte b of a row holds elements 2 b (low nibble) and 2 b + 1.
-    ``scales`` u8 [E, N, K / 32]: s stands for 2^(s - 127).
-    """
-
-    blocks: Tensor
-    scales: Tensor
-
-
-def scaled(w: Tensor | MXFP4 | Int4) -> Weights:
-    """``pack``, but MXFP4 weights are only padded."""
-    if not isinstance(w, MXFP4):
-        return pack(w)
-    spare = -w.scales.shape[2] % (CHUNK // BLOCK)
-    return Scaled(
-        F.pad(w.blocks, (0, 0, 0, spare)).flatten(2), F.pad(w.scales, (0, spare)).contiguous()
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Int4Words:
-    """INT4 matrices [E, N, K] arranged so that one mask unpacks two elements.
-
-    ``words`` int32 [E, N, chunks * 16]: word c of a chunk of 128 holds, for j in 0..3, elements
-    32 j + 2 c at bit 4 j and 32 j + 2 c + 1 at bit 16 + 4 j. ``scales`` bf16 [E, N, chunks].
-    """
-
-    words: Tensor
-    scales: Tensor
-
-
-def pack(w: Tensor | MXFP4 | Int4) -> Weights:
-    """Rearrange packed weights, MXFP4's expert by expert; others stay as they are.
-
-    Raises ValueError for MXFP4 scales above 2, which no trained model has: 2^126 times them is not
-    a bf16 number.
-    """
-    if isinstance(w, Int4):
-        experts, rows, chunks = w.scales.shape
-        element = nibbles(w.words).view(experts, rows, chunks, 4, 16, 2)  # j, c, half
-        words = element.new_zeros(experts, rows, chunks, 16)
-        for j in range(4):
-            words |= element[:, :, :, j, :, 0] << 4 * j | element[:, :, :, j, :, 1] << 16 + 4 * j
-        return Int4Words(words.flatten(2), w.scales)
-    if not isinstance(w, MXFP4):
-        return w
-    experts, rows, blocks, _ = w.blocks.shape
-    chunks = -(-blocks * BLOCK // CHUNK)
-    words = torch.empty(experts, rows, chunks * 16, dtype=torch.int32, device=w.blocks.device)
-    scales = torch.empty(experts, rows, chunks, dtype=torch.int32, device=w.blocks.device)
-    if int(w.scales.max()) > 128:
-        raise ValueError(f"an MXFP4 scale of 2^{int(w.scales.max()) - 127} is above 2")
-    spare = (0, chunks * CHUNK // BLOCK - blocks)
-    for e in range(experts):
-        numbers = torch.stack((w.blocks[e] & 15, w.blocks[e] >> 4), -1).flatten(-2)
-        numbers = F.pad(numbers, (0, 0, *spare)).to(torch.int32)
-        element = numbers.view(rows, chunks, 4, 16, 2)  # j, c, half
-        half = element.new_zeros(rows, chunks, 16, 2)
-        for j, places in enumerate(PLACES):
-            for bit, place in zip((3, 2, 1, 0), places, strict=True):
-                half |= (element[:, :, j] >> bit & 1) << place
-        words[e] = (half[..., 0] | half[..., 1] << 16).view(rows, -1)
-        scales[e] = F.pad(w.scales[e], spare).view(torch.int32)
-    return MXFP4Words(words, scales)
-
-
-@triton.jit
-def _unpack(words, scales, j: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Elements 32 j .. of every chunk: words [N, 16], scales [N] -> [N, 32], bf16 or fp32."""
-    if j < 3:
-        pair = (words << (3 * j)) & 0x81C081C0
-    else:
-        pair = ((words >> 6) & 0x01800180) | ((words >> 5) & 0x00400040)
-        pair |= (words << 5) & 0x80008000
-    scale = (scales >> (8 * j)) & 255
-    if WIDE:
-        # As fp16, which has the same form with three more bits of mantissa; then times 2^14.
-        pair = (pair & 0x80008000) | ((pair & 0x01C001C0) << 3)
-        low = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        factor = ((scale + 14) << 23).to(tl.float32, bitcast=True)
-    else:
-        # The bits are 2^-126 of the value, a subnormal for 0.5: bf16 products take those.
-        low = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        high = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        factor = ((scale + 126) << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    values = tl.reshape(tl.join(low, high), [words.shape[0], 32])
-    return values * factor[:, None]
-
-
-@triton.jit
-def _unpack_int4(words, scales, j: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Elements 32 j .. of every chunk: words [N, 16], scales [N] -> [N, 32], bf16 or fp32."""
-    pair = (words >> (4 * j)) & 0x000F000F
-    if WIDE:
-        low, high = (pair & 15).to(tl.float32), (pair >> 16).to(tl.float32)
-        values = tl.reshape(tl.join(low, high), [words.shape[0], 32]) - 8.0
-        return values * scales.to(tl.float32)[:, None]
-    # The bits of 128 + n in bf16, whose mantissa has room for n.
-    pair |= 0x43004300
-    low = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    high = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    values = tl.reshape(tl.join(low, high), [words.shape[0], 32]) - 136.0
-    return values.to(tl.bfloat16) * scales[:, None]
+NATIVE = ("mxfp4 x mxfp8", "nvfp4 x nvfp4")  # forms that tensor cores take with their scales
 
 
 @triton.jit
@@ -223,8 +90,10 @@ def _sort(  # type: ignore[no-untyped-def]
 def _grouped(  # type: ignore[no-untyped-def]
     x_ptr,
     x_scales_ptr,
+    x_factors_ptr,
     w_ptr,
     scales_ptr,
+    factors_ptr,
     bias_ptr,
     weights_ptr,
     order_ptr,
@@ -270,33 +139,41 @@ def _grouped(  # type: ignore[no-untyped-def]
         n = tl.where(inside, n, 0)
         row = expert.to(tl.int64) * rows + n
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if FORM == "scaled":
-            b = tl.arange(0, DEPTH // 32)
-            c, half = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 2)
-            x_at = x_ptr + source[:, None] * (2 * w_stride) + c[None, :]
-            x_scales_at = x_scales_ptr + source[:, None] * (w_stride // 16) + b[None, :]
+        if FORM == "mxfp4 x mxfp8" or FORM == "nvfp4 x nvfp4":
+            FOUR: tl.constexpr = FORM == "nvfp4 x nvfp4"  # bits of an activation, too
+            KIND: tl.constexpr = "e2m1" if FOUR else "e4m3"
+            WIDTH: tl.constexpr = DEPTH // 2 if FOUR else DEPTH  # bytes of activations
+            SCALES: tl.constexpr = DEPTH // 16 if FOUR else DEPTH // 32
+            b, c, half = tl.arange(0, SCALES), tl.arange(0, WIDTH), tl.arange(0, DEPTH // 2)
+            steps = w_stride // (DEPTH // 2)
+            x_at = x_ptr + source[:, None] * (steps * WIDTH) + c[None, :]
+            x_scales_at = x_scales_ptr + source[:, None] * (steps * SCALES) + b[None, :]
             w_at = w_ptr + row[:, None] * w_stride + half[None, :]
-            scales_at = scales_ptr + row[:, None] * (w_stride // 16) + b[None, :]
+            scales_at = scales_ptr + row[:, None] * (steps * SCALES) + b[None, :]
             # Tensor cores want 128 rows on the left: of few tokens, the features are more.
             turned = tl.zeros([COLUMNS, ROWS], tl.float32)
-            for _ in range(0, w_stride, DEPTH // 2):
+            for _ in range(steps):
                 x, x_scales = tl.load(x_at), tl.load(x_scales_at)
                 w, scales = tl.load(w_at), tl.load(scales_at)
                 if ROWS < 128:
-                    turned = tl.dot_scaled(w, scales, "e2m1", tl.trans(x), x_scales, "e4m3", turned)
+                    turned = tl.dot_scaled(w, scales, "e2m1", tl.trans(x), x_scales, KIND, turned)
                 else:
-                    total = tl.dot_scaled(x, x_scales, "e4m3", tl.trans(w), scales, "e2m1", total)
-                x_at += DEPTH
-                x_scales_at += DEPTH // 32
+                    total = tl.dot_scaled(x, x_scales, KIND, tl.trans(w), scales, "e2m1", total)
+                x_at += WIDTH
+                x_scales_at += SCALES
                 w_at += DEPTH // 2
-                scales_at += DEPTH // 32
+                scales_at += SCALES
             if ROWS < 128:
                 total = tl.trans(turned)
-        elif FORM == "words" or FORM == "int4":
+        elif FORM != "dense":
             c = tl.arange(0, 32)
             x_at = x_ptr + source[:, None] * depth + c[None, :]
             w_at = w_ptr + row[:, None] * w_stride + tl.arange(0, 16)[None, :]
-            scales_at = scales_ptr + row * (w_stride // 16)
+            STEP: tl.constexpr = 2 if FORM == "nvfp4" else 1  # words of a chunk's scales
+            if FORM == "nvfp4":
+                scales_at = scales_ptr + row[:, None] * (w_stride // 8) + tl.arange(0, 2)[None, :]
+            else:
+                scales_at = scales_ptr + row * (w_stride // 16)
             for at in range(0, depth, 128):
                 words = tl.load(w_at).to(tl.uint32, bitcast=True)
                 scales = tl.load(scales_at)
@@ -304,13 +181,15 @@ def _grouped(  # type: ignore[no-untyped-def]
                     held = (at + 32 * j + c)[None, :] < depth
                     x = tl.load(x_at + 32 * j, mask=held, other=0.0)
                     if FORM == "int4":
-                        w = _unpack_int4(words, scales, j, WIDE).to(x.dtype)
+                        w = unpack_int4(words, scales, j, WIDE)
+                    elif FORM == "nvfp4":
+                        w = unpack_nvfp4(words, scales, j, WIDE)
                     else:
-                        w = _unpack(words, scales.to(tl.uint32, bitcast=True), j, WIDE).to(x.dtype)
-                    total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+                        w = unpack_mxfp4(words, scales, j, WIDE)
+                    total = tl.dot(x, tl.trans(w.to(x.dtype)), total, input_precision="ieee")
                 x_at += 128
                 w_at += 16
-                scales_at += 1
+                scales_at += STEP
         else:
             c = tl.arange(0, DEPTH)
             x_at = x_ptr + source[:, None] * depth + c[None, :]
@@ -322,6 +201,10 @@ def _grouped(  # type: ignore[no-untyped-def]
                 total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
                 x_at += DEPTH
                 w_at += DEPTH
+        if factors_ptr is not None:
+            total *= tl.load(factors_ptr + expert)
+        if x_factors_ptr is not None:
+            total *= tl.load(x_factors_ptr + source)[:, None]
         if bias_ptr is not None:
             total += tl.load(bias_ptr + row).to(tl.float32)[None, :]
         if UP:
@@ -363,48 +246,6 @@ def _add_pairs(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + token * width + n, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _quantize_mxfp8(  # type: ignore[no-untyped-def]
-    x_ptr, out_ptr, scales_ptr, width, padded, BLOCKS: tl.constexpr
-):
-    """Grid (T, blocks / BLOCKS)."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    c = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + row * width + c, mask=c < width, other=0.0).to(tl.float32)
-    # The exponent of the largest, less that of e4m3's largest; the scale's inverse from its bits.
-    exponent = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 8
-    scale = tl.maximum(exponent, 0)
-    x *= ((254 - scale) << 23).to(tl.float32, bitcast=True)[:, None]
-    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    inside = c < padded
-    tl.store(out_ptr + row * padded + c, x.to(out_ptr.dtype.element_ty), mask=inside)
-    scales_at = scales_ptr + row * (padded // 32) + block
-    tl.store(scales_at, scale.to(tl.uint8), mask=block * 32 < padded)
-
-
-def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``kernels.reference.quantize_mxfp8``; K is padded to a multiple of CHUNK by zeros."""
-    assert x.is_contiguous()
-    rows, width = x.shape
-    padded = -(-width // CHUNK) * CHUNK
-    out = torch.empty(rows, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows, padded // BLOCK, dtype=torch.uint8, device=x.device)
-    blocks = 32
-    launch(
-        _quantize_mxfp8,
-        (rows, triton.cdiv(padded, blocks * BLOCK)),
-        x,
-        out,
-        scales,
-        width,
-        padded,
-        BLOCKS=blocks,
-        num_warps=4,
-    )
-    return out, scales
-
-
 def route(logits: Tensor, k: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """See ``kernels.reference.route``; ids are int32."""
     tokens, experts = logits.shape
@@ -431,9 +272,9 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    w13: Weights,
+    w13: Tensor | Packed,
     b13: Tensor,
-    w2: Weights,
+    w2: Tensor | Packed,
     b2: Tensor | None,
     first: int,
     limit: float,
@@ -442,7 +283,7 @@ def experts(
     *,
     config: Experts,
 ) -> Tensor:
-    """See ``kernels.reference.experts``; packed weights as ``pack`` or ``scaled`` leave them."""
+    """See ``kernels.reference.experts``; weights as ``kernels.packed.pack`` leaves them."""
     assert x.is_contiguous()
     assert ids.is_contiguous()
     tokens, k = ids.shape
@@ -451,8 +292,8 @@ def experts(
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=device)
     launch(_sort, (count + 1,), ids, order, offsets, pairs, first, count, BLOCK=SORTED)
-    dense = config.dense if isinstance(w13, Tensor) else config.words
-    tiles = config.scaled if isinstance(w13, Scaled) else dense
+    form = w13.form if isinstance(w13, Packed) else "dense"
+    tiles = config.scaled if form in NATIVE else config.words if form != "dense" else config.dense
     tile = tiles.small if pairs <= tiles.small.rows * count else tiles.large
     sorted_ = (order, offsets, count, k, limit, alpha, plain, tile)
     h = torch.empty(pairs, b13.shape[1] // 2, dtype=x.dtype, device=device)
@@ -477,7 +318,7 @@ def experts(
 
 def _product(
     x: Tensor,
-    w: Weights,
+    w: Tensor | Packed,
     bias: Tensor | None,
     weights: Tensor | None,
     out: Tensor,
@@ -491,15 +332,16 @@ def _product(
     tile: Tile,
 ) -> None:
     """The first product (``weights`` is None) or the second one."""
-    if isinstance(w, Scaled):
-        form, matrix, scales = "scaled", w.blocks, w.scales
-    elif isinstance(w, MXFP4Words | Int4Words):
-        form = "words" if isinstance(w, MXFP4Words) else "int4"
-        matrix, scales = w.words, w.scales
-    else:
-        form, matrix, scales = "dense", w, None
+    form, matrix, scales, factors = "dense", w, None, None
+    if isinstance(w, Packed):
+        form, matrix, scales, factors = w.form, w.bits, w.scales, w.factors
+    assert isinstance(matrix, Tensor)
     depth = x.shape[1]
-    x, x_scales = quantize_mxfp8(x) if form == "scaled" else (x, None)
+    x_scales = x_factors = None
+    if form == "mxfp4 x mxfp8":
+        x, x_scales = quantize_mxfp8(x)
+    elif form == "nvfp4 x nvfp4":
+        x, x_scales, x_factors = quantize_nvfp4(x)
     rows = matrix.shape[1]
     pairs = len(order)
     # No more tiles than pairs, and no more than full ones and one broken one for each expert.
@@ -509,8 +351,10 @@ def _product(
         (tiles * triton.cdiv(rows, tile.columns),),
         x,
         x_scales,
+        x_factors,
         matrix,
         scales,
+        factors,
         bias,
         weights,
         order,

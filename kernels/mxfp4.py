@@ -29,7 +29,7 @@ class MXFP4:
 
 
 @cache
-def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+def pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The two values of every byte: [256, 2]."""
     values = torch.tensor([*_VALUES, *(-v for v in _VALUES)], dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
@@ -38,7 +38,6 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def dequantize(packed: MXFP4, dtype: torch.dtype) -> Tensor:
     """[..., out, in] in ``dtype``, which must be bf16 or fp32 to be exact."""
-    pairs = _pairs(dtype, packed.blocks.device)
+    values = pairs(dtype, packed.blocks.device)[packed.blocks.to(torch.int32)].flatten(-2)
     exponents = packed.scales.to(torch.int32)[..., None] - 127
-    values = pairs[packed.blocks.to(torch.int32)].flatten(-2)
     return torch.ldexp(values, exponents).flatten(-2)

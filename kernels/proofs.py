@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import moe, reference, roofline
+from kernels import nvfp4, reference, roofline
 from kernels.dispatch import Ops, Shapes, choose
+from kernels.int4 import Int4
 from kernels.mxfp4 import MXFP4
+from kernels.nvfp4 import NVFP4
 from kernels.reference import Draws
 from kernels.roofline import GPT_OSS_20B, Ceilings, Group, Layer, Step
 
@@ -255,23 +257,50 @@ def route(c: Context, experts: int, k: int) -> Figure:
     return errors.figure()
 
 
-def experts(c: Context, dtype: torch.dtype, mxfp4: bool, routing: str) -> Figure:
+def random_weights(
+    c: Context, form: str, experts: int, rows: int, depth: int
+) -> MXFP4 | NVFP4 | Int4:
+    """Matrices [experts, rows, depth] of small numbers."""
+    shape = experts, rows, depth
+    if form == "MXFP4":
+        return roofline.random_mxfp4(*shape, c.device)
+    numbers = c.randn(*shape) * shape[-1] ** -0.5
+    if form == "NVFP4":
+        return nvfp4.quantize(numbers, numbers.abs().amax((1, 2)) / nvfp4.LARGEST)
+    words = torch.randint(-(2**31), 2**31, (*shape[:-1], shape[-1] // 8), device=c.device)
+    scales = torch.rand(*shape[:-1], shape[-1] // 128, device=c.device) * 0.2 * shape[-1] ** -0.5
+    return Int4(words.int(), scales.bfloat16())
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x
+
+
+ROUNDED = {"mxfp4 x mxfp8": reference.as_mxfp8, "nvfp4 x nvfp4": reference.as_nvfp4}
+
+
+def experts(c: Context, dtype: torch.dtype, form: str, routing: str) -> Figure:
     """``spread`` leaves experts without tokens; ``one`` sends all to one; ``ranks`` has experts 2
     and on here, the others elsewhere, and pads."""
     ops, errors = c.ops(dtype), Errors(dtype)
     k, count, hidden, inner = 4, *((32, 2880, 2880) if c.large else (6, 96, 64))
-    if not mxfp4:
+    w13: reference.Weights
+    w2: reference.Weights
+    if form == "INT4":
+        count, hidden, inner = (16, 5120, 1024) if c.large else (6, 256, 128)
+    if form == "dense":
         count, hidden, inner = (16, 2880, 200) if c.large else (6, 100, 50)
-    if mxfp4:
-        w13 = roofline.random_mxfp4(count, 2 * inner, hidden, c.device)
-        w2 = roofline.random_mxfp4(count, hidden, inner, c.device)
-    else:
         w13 = c.randn(count, 2 * inner, hidden, dtype=dtype) * hidden**-0.5
         w2 = c.randn(count, hidden, inner, dtype=dtype) * inner**-0.5
+    else:
+        w13 = random_weights(c, form, count, 2 * inner, hidden)
+        w2 = random_weights(c, form, count, hidden, inner)
     b13, b2 = c.randn(count, 2 * inner, dtype=dtype), c.randn(count, hidden, dtype=dtype)
     packed = ops.pack(w13), ops.pack(w2)
-    scaled = isinstance(packed[0], moe.Scaled)
-    wide = [w if isinstance(w, MXFP4) else w.float() for w in (w13, w2)]
+    # Tensor cores that take scales want them of activations, too: rounded from the same ones.
+    rounding = ROUNDED.get(getattr(packed[0], "form", ""), _exact)
+    kept = torch.float32 if rounding is _exact and form != "INT4" else dtype
+    wide = [w.to(kept) if isinstance(w, Tensor) else w for w in (w13, w2)]
     for tokens in (*SIZES, 1000) if c.large else (1, 17):
         x, logits = c.randn(tokens, hidden, dtype=dtype), c.randn(tokens, count)
         if routing == "spread":
@@ -286,11 +315,9 @@ def experts(c: Context, dtype: torch.dtype, mxfp4: bool, routing: str) -> Figure
         ids = ids.int()
         with poisoned():
             ours = ops.experts(x, ids, weights, packed[0], b13, packed[1], bias, first, 7.0, 1.702)
-        # Tensor cores that take scales want them of activations, too: rounded from the same ones.
-        kept, rounding = (dtype, reference.mxfp8) if scaled else (torch.float32, lambda x: x)
         theirs = reference.experts(
             x.to(kept), ids, weights, wide[0], b13.to(kept), wide[1],
-            None if bias is None else bias.to(kept), first, 7.0, 1.702, activations=rounding,
+            None if bias is None else bias.to(kept), first, 7.0, 1.702, False, rounding,
         )  # fmt: skip
         errors.compare(f"{tokens} tokens", ours, theirs)
     return errors.figure()
@@ -475,18 +502,20 @@ def kernel_checks(*dtypes: torch.dtype) -> list[tuple[str, Check]]:
             (f"kernel: attention, window, {name}",
              partial(attention, rows=MIXED, dtype=dtype, window=33)),
             (f"kernel: experts, dense, {name}",
-             partial(experts, dtype=dtype, mxfp4=False, routing="spread")),
+             partial(experts, dtype=dtype, form="dense", routing="spread")),
         ]  # fmt: skip
         if dtype != torch.float16:
             found += [
                 (f"kernel: experts, MXFP4, {name}, {how}",
-                 partial(experts, dtype=dtype, mxfp4=True, routing=how))
+                 partial(experts, dtype=dtype, form="MXFP4", routing=how))
                 for how in ("spread", "one", "ranks")
             ]  # fmt: skip
     bf16 = dtypes[0]
     long = ((0, 1), (2879, 1), (700, 1))
     return [
         *found,
+        *((f"kernel: experts, {form}", partial(experts, dtype=bf16, form=form, routing="spread"))
+          for form in ("NVFP4", "INT4")),
         ("kernel: RoPE and KV write, fp8", partial(rope_kv_write, dtype=bf16, fp8=True)),
         ("kernel: attention, decode", partial(attention, rows=DECODE)),
         ("kernel: attention, split decode", partial(attention, rows=long)),

@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import cache, partial
 
 import torch
+from torch import Tensor
 
 from kernels import roofline
 from kernels.dispatch import Ops
 from kernels.proofs import Check, Context, Figure
+from kernels.reference import Draws
 from kernels.roofline import GPT_OSS_20B, GPT_OSS_120B, Cost, Group, Layer, Moe, Step
 
 
@@ -51,13 +53,14 @@ def time_attention(
     window: int,
     invariant: bool = False,
     target: str = "",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Figure:
     ops, shape = c.ops(invariant=invariant), GPT_OSS_120B
     group = Group.of(ops, rows, window, c.put)
-    k, v = group.caches(shape, c.device)
+    k, v = group.caches(shape, c.device, dtype)
     q = c.randn(sum(n for _, n in rows), shape.heads, shape.size, dtype=torch.bfloat16)
     sinks = c.randn(shape.heads, dtype=torch.bfloat16)
-    cost = roofline.attention_cost(shape, rows, window)
+    cost = roofline.attention_cost(shape, rows, window, dtype.itemsize)
     return timed(
         c, lambda: ops.paged_attention(q, k, v, group.plan, sinks, shape.size**-0.5), cost, target
     )
@@ -89,6 +92,19 @@ def time_linear(c: Context, rows: int, depth: int, tokens: int, invariant: bool 
     return timed(c, lambda: ops.linear(x, w, None), cost)
 
 
+def unfiltered(c: Context, rows: int) -> Draws:
+    """At temperature 1, as gpt-oss is to be sampled."""
+    one, none = torch.ones(rows, device=c.device), torch.zeros(rows, device=c.device)
+    keys = torch.randint(-(2**31), 2**31, (rows, 2), device=c.device).int()
+    return Draws(one, none.int(), one, none, keys, None, True, False)
+
+
+def time_sampling(c: Context, rows: int) -> Figure:
+    ops, logits = c.ops(), c.randn(rows, GPT_OSS_120B.vocabulary, dtype=torch.bfloat16)
+    draws = unfiltered(c, rows)
+    return timed(c, lambda: ops.sample(logits, draws), Cost(float(logits.nbytes), 0.0))
+
+
 def time_norm(c: Context, tokens: int) -> Figure:
     ops = c.ops()
     x, residual = c.randn(2, tokens, 2880, dtype=torch.bfloat16)
@@ -114,11 +130,13 @@ def time_step(c: Context, batch: int, target: str = "", invariant: bool = False)
     layers = [replace(each, moe=replace(each.moe, ops=ops)) for each in _layers(c.device)]
     step = Step(ops, shape, layers, groups, batch)
     head = c.randn(shape.vocabulary, shape.hidden, dtype=torch.bfloat16)
-    norm = layers[0].norm
-    seconds = roofline.measure(
-        lambda: ops.linear(ops.rms_norm(step.decode(), norm, 1e-5), head, None).argmax(-1),
-        flush=False,
-    )
+    norm, draws = layers[0].norm, unfiltered(c, batch)
+
+    def decode() -> Tensor:
+        logits = ops.linear(ops.rms_norm(step.decode(), norm, 1e-5), head, None)
+        return ops.sample(logits, draws)
+
+    seconds = roofline.measure(decode, flush=False)
     least = roofline.step_seconds(shape, batch, context, c.ceilings)
     return Figure(1e3 * seconds, f"ms, {batch / seconds:.0f} tokens/s", least / seconds, target)
 
@@ -184,7 +202,13 @@ def kernel_times() -> Named:
         for tokens in (1, 64, 256):
             check = partial(time_linear, rows=rows, depth=depth, tokens=tokens)
             found.append((f"time: linear {name}, {tokens} tokens", check))
-    return [*found, ("time: add and norm, 64 tokens", partial(time_norm, tokens=64))]
+    fp8 = partial(time_attention, rows=[(8191, 1)] * 64, window=0, dtype=torch.float8_e4m3fn)
+    return [
+        *found,
+        ("time: decode attention, 64 x 8k, fp8", fp8),
+        ("time: sampling, 64 rows", partial(time_sampling, rows=64)),
+        ("time: add and norm, 64 tokens", partial(time_norm, tokens=64)),
+    ]
 
 
 def steps() -> Named:

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import int4
+from kernels import int4, mxfp4, nvfp4
 from kernels.int4 import Int4
-from kernels.mxfp4 import MXFP4, dequantize
+from kernels.mxfp4 import MXFP4
+from kernels.nvfp4 import NVFP4
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,7 @@ def swiglu(x: Tensor, limit: float, alpha: float, plain: bool = False) -> Tensor
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(x.dtype)
 
 
-Weights = Tensor | MXFP4 | Int4
+Weights = Tensor | MXFP4 | NVFP4 | Int4
 
 
 def pack(w: Weights) -> Weights:
@@ -230,7 +231,8 @@ def experts(
     x [T, D], ids and weights [T, k] (global expert ids), w13 [E, 2 I, D], b13 [E, 2 I],
     w2 [E, D, I], b2 [E, D], for experts first .. first + E - 1. ``b2`` is None on the ranks that
     must not add it again when I is sharded. The weight multiplies the biased output.
-    ``activations`` is done to what enters a product: ``mxfp8`` where tensor cores take that.
+    ``activations`` is done to what enters a product: ``as_mxfp8`` or ``as_nvfp4`` where tensor
+    cores take that.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in range(len(b13)):
@@ -368,15 +370,35 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.flatten(-2).to(torch.float8_e4m3fn), scales.to(torch.uint8)
 
 
-def mxfp8(x: Tensor) -> Tensor:
+def as_mxfp8(x: Tensor) -> Tensor:
     """x [T, K] rounded to what ``quantize_mxfp8`` keeps of it."""
     values, scales = quantize_mxfp8(x)
     blocks = values.float().unflatten(-1, (-1, 32))
     return torch.ldexp(blocks, scales[..., None].int() - 127).flatten(-2).to(x.dtype)
 
 
+def quantize_nvfp4(x: Tensor) -> NVFP4:
+    """x [T, K], K a multiple of 16, as T matrices of one row: every row has a factor of its own, so
+    that it does not depend on its batch."""
+    most = x.float().abs().amax(-1).clamp(min=2.0**-100)
+    packed = nvfp4.quantize(x[:, None], most / nvfp4.LARGEST)
+    return NVFP4(packed.blocks[:, 0], packed.scales[:, 0], packed.factors)
+
+
+def as_nvfp4(x: Tensor) -> Tensor:
+    """x [T, K] rounded to what ``quantize_nvfp4`` keeps of it."""
+    packed = quantize_nvfp4(x)
+    rows = NVFP4(packed.blocks[:, None], packed.scales[:, None], packed.factors)
+    return nvfp4.dequantize(rows, x.dtype)[:, 0]
+
+
 def expert(w: Weights, e: int, dtype: torch.dtype) -> Tensor:
     """The matrix of local expert ``e``, dequantised if it is packed."""
-    if isinstance(w, Int4):
-        return int4.dequantize(Int4(w.words[e], w.scales[e]), dtype)
-    return dequantize(MXFP4(w.blocks[e], w.scales[e]), dtype) if isinstance(w, MXFP4) else w[e]
+    match w:
+        case MXFP4():
+            return mxfp4.dequantize(MXFP4(w.blocks[e], w.scales[e]), dtype)
+        case NVFP4():
+            return nvfp4.dequantize(NVFP4(w.blocks[e], w.scales[e], w.factors[e]), dtype)
+        case Int4():
+            return int4.dequantize(Int4(w.words[e], w.scales[e]), dtype)
+    return w[e]

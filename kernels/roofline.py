@@ -90,16 +90,18 @@ def dense_cost(weights: int, tokens: int) -> Cost:
     return Cost(2.0 * weights, 2.0 * weights * tokens)
 
 
-def attention_cost(shape: Shape, rows: Sequence[tuple[int, int]], window: int) -> Cost:
-    """One layer's attention over bf16 keys and values, for rows of (start, count)."""
+def attention_cost(
+    shape: Shape, rows: Sequence[tuple[int, int]], window: int, itemsize: int = 2
+) -> Cost:
+    """One layer's attention for rows of (start, count); ``itemsize`` is that of its keys."""
     keys = visible = 0
     for start, count in rows:
         end = start + count
         keys += end - (max(0, start - window + 1) if window else 0)
         full = sum(range(start + 1, end + 1))
         visible += sum(min(p, window) for p in range(start + 1, end + 1)) if window else full
-    width = shape.size * 2
-    return Cost(2.0 * keys * shape.kv_heads * width, 2.0 * visible * shape.heads * width)
+    size = 2.0 * shape.size  # of a key and a value
+    return Cost(size * keys * shape.kv_heads * itemsize, 2 * size * visible * shape.heads)
 
 
 def step_seconds(shape: Shape, batch: int, context: int, ceilings: Ceilings) -> float:
@@ -222,9 +224,11 @@ class Group:
         paged, blocks = paged_rows(rows, window, put)
         return cls(ops.plan(paged, put), blocks)
 
-    def caches(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    def caches(
+        self, shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Tensor, Tensor]:
         sizes = (self.blocks * PAGE, shape.kv_heads, shape.size)
-        return _normal(device, *sizes), _normal(device, *sizes)
+        return _normal(device, *sizes).to(dtype), _normal(device, *sizes).to(dtype)
 
 
 class Step:

@@ -69,5 +69,5 @@ def work(launch: Launch, context: int, k: int) -> Work:
     elif "k_cache_ptr" in tensors:
         sizes["k_cache_ptr"] = sizes["v_cache_ptr"] = sizes["k_ptr"]
     moved = sum(sizes.values())
-    fp8 = flops if options.get("FORM") == "scaled" else 0
+    fp8 = flops if options.get("FORM") == "mxfp4 x mxfp8" else 0
     return Work(round(moved), round(minimum), round(flops), round(fp8))

@@ -101,8 +101,8 @@ MUTANTS = (
     # Positions.
     Mutant(
         "workers/model.py",
-        "return stretched, 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0",
-        "return stretched, 1.0",
+        "return blended, 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0",
+        "return blended, 1.0",
         BF16,
         "YaRN's concentration",
     ),
@@ -115,8 +115,8 @@ MUTANTS = (
     ),
     Mutant(
         "workers/model.py",
-        "stretched = frequencies * (1 - ramp) + frequencies / yarn.factor * ramp",
-        "stretched = frequencies * ramp + frequencies / yarn.factor * (1 - ramp)",
+        "blended = frequencies * (1 - ramp) + stretched * ramp",
+        "blended = frequencies * ramp + stretched * (1 - ramp)",
         BF16,
         "the low frequencies are stretched",
     ),

@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from kernels import aot, configurations, linear, moe, norm
 from kernels.configurations import FAMILIES, Tile
 from kernels.launch import Launch, watched
+from kernels.packed import Form, Packed
 from tests.checkpoints import gpt_oss_config
 from workers import dryrun
 from workers.architecture import Architecture, parse
@@ -103,8 +104,8 @@ def test_machine_code(
     assert {"_attend", "_rope_kv_write", "_route"} <= kernels
 
 
-def int4_launches(tokens: int, arch: int) -> list[Launch]:
-    """Llama-4 Scout's experts in INT4; no model is served with them yet."""
+def packed_launches(form: Form, tokens: int, arch: int) -> list[Launch]:
+    """Llama-4 Scout's experts in INT4 and NVFP4; no model is served with them yet."""
     count, hidden, inner = 16, 5120, 8192
     config = configurations.experts(configurations.family(arch), invariant=False)
     found: list[Launch] = []
@@ -113,23 +114,43 @@ def int4_launches(tokens: int, arch: int) -> list[Launch]:
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device="cuda")
 
-        def words(rows: int, depth: int) -> moe.Int4Words:
-            packed = empty(count, rows, depth // 8, dtype=torch.int32)
-            return moe.Int4Words(packed, empty(count, rows, depth // 128))
+        def weights(rows: int, depth: int) -> Packed:
+            factors = empty(count, dtype=torch.float32)
+            words = empty(count, rows, depth // 8, dtype=torch.int32)
+            if form == "int4":
+                return Packed(form, words, empty(count, rows, depth // 128))
+            if form == "nvfp4":
+                scales = empty(count, rows, depth // 64, dtype=torch.int32)
+                return Packed(form, words, scales, factors)
+            scales = empty(count, rows, depth // 16, dtype=torch.float8_e4m3fn)
+            return Packed(form, words.view(torch.uint8), scales, factors)
 
         ids = empty(tokens, 1, dtype=torch.int32)
         moe.experts(
             empty(tokens, hidden), ids, empty(tokens, 1, dtype=torch.float32),
-            words(2 * inner, hidden), empty(count, 2 * inner), words(hidden, inner),
+            weights(2 * inner, hidden), empty(count, 2 * inner), weights(hidden, inner),
             None, 0, 0.0, 0.0, plain=True, config=config,
         )  # fmt: skip
     return found
 
 
 @pytest.mark.parametrize("tokens", [1, 4096])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_machine_code_of_int4(tokens: int, arch: int, directory: Path, tmp_path: Path) -> None:
-    variants = aot.compile(int4_launches(tokens, arch), arch, directory)
+@pytest.mark.parametrize(
+    ("form", "arch"),
+    [
+        ("int4", 80),
+        ("int4", 90),
+        ("int4", 100),
+        ("nvfp4", 80),
+        ("nvfp4", 90),
+        ("nvfp4 x nvfp4", 100),
+        ("nvfp4 x nvfp4", 103),
+    ],
+)
+def test_machine_code_of_packed_experts(
+    form: Form, tokens: int, arch: int, directory: Path, tmp_path: Path
+) -> None:
+    variants = aot.compile(packed_launches(form, tokens, arch), arch, directory)
     wrong = [f"{v.name} {v.launch.options}: {w}" for v in variants for w in gate(v, tmp_path)]
     assert not wrong, "\n".join(wrong)
     assert "_grouped" in {variant.name for variant in variants}

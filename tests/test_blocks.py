@@ -95,7 +95,7 @@ def test_bytes_per_token_are_the_models() -> None:
         windows=(128, 0) * 12,
         max_position=131_072,
         rope_theta=150_000.0,
-        yarn=None,
+        rope_scaling=None,
     )
     full, window = arch.kv_groups(16, tp=1, kv_dtype_bytes=2)
     assert (full.kind, window.kind, window.size) == ("full", "window", 128)

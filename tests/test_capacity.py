@@ -26,7 +26,7 @@ ARCH = Architecture(
     windows=(8, 0, 8, 0),
     max_position=512,
     rope_theta=1e4,
-    yarn=None,
+    rope_scaling=None,
 )
 
 

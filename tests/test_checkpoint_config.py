@@ -51,7 +51,7 @@ def test_both_spellings_of_rope_are_the_same_model() -> None:
         rope_parameters=HUB["rope_scaling"] | {"rope_theta": 150000},
     )
     assert parse(HUB) == parse(saved_by_transformers_5)
-    assert parse(HUB).yarn == Yarn(32.0, 4096, 32.0, 1.0, truncate=False)
+    assert parse(HUB).rope_scaling == Yarn(32.0, 4096, 32.0, 1.0, truncate=False)
     assert parse(HUB).rope_theta == 150000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.checkpoints import ROPE, oracle, tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
-from workers.architecture import Yarn, parse
+from workers.architecture import Llama3, Yarn, parse
 from workers.blocks import prefix_hashes, prefix_root
 from workers.model import inverse_frequencies
 from workers.wire import Request
@@ -233,7 +234,29 @@ def test_yarn_equals_transformers(truncate: bool, head_dim: int) -> None:
     )
     theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     arch = parse(config.to_dict())
-    assert isinstance(arch.yarn, Yarn)
+    assert isinstance(arch.rope_scaling, Yarn)
     ours, ours_factor = inverse_frequencies(arch)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert ours_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("bands", [(1.0, 1.0), (1.0, 4.0)])
+def test_llama3_rope_equals_transformers(bands: tuple[float, float]) -> None:
+    """Scout's instruct model, which has no band to blend, and its base model."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 16.0,
+        "low_freq_factor": bands[0],
+        "high_freq_factor": bands[1],
+        "original_max_position_embeddings": 8192,
+    }
+    config = GptOssConfig(head_dim=128, rope_parameters=rope, eos_token_id=5)
+    theirs, factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    arch = parse(config.to_dict())
+    assert isinstance(arch.rope_scaling, Llama3)
+    ours, our_factor = inverse_frequencies(arch)
+    assert our_factor == factor
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    plain = inverse_frequencies(msgspec.structs.replace(arch, rope_scaling=None))[0]
+    assert int((ours != plain).sum()) == (29 if bands == (1.0, 1.0) else 35)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from types import UnionType
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,15 @@ class Yarn(msgspec.Struct, frozen=True):
     truncate: bool = True
 
 
+class Llama3(msgspec.Struct, frozen=True):
+    """Llama 3.1's context extension, arXiv:2407.21783: see ``workers.model``."""
+
+    factor: float
+    original_max_position: int
+    low: float  # turns within the original context
+    high: float
+
+
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder with paged attention and a mixture of experts in every layer."""
 
@@ -39,7 +49,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[int, ...]  # per layer; 0: full attention
     max_position: int
     rope_theta: float
-    yarn: Yarn | None
+    rope_scaling: Yarn | Llama3 | None
     rms_norm_eps: float = 1e-5
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702
@@ -70,36 +80,38 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return groups
 
 
-def _require(config: Mapping[str, Any], key: str, kind: type) -> Any:
+def _require(config: Mapping[str, Any], key: str, kind: type | UnionType) -> Any:
     value = config.get(key)
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise UnsupportedModel(f"config.json: {key!r} must be {kind.__name__}, got {value!r}")
+        name = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise UnsupportedModel(f"config.json: {key!r} must be {name}, got {value!r}")
     return value
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
+def _rope(config: Mapping[str, Any]) -> tuple[float, Yarn | Llama3 | None]:
     """Both spellings: hub files keep ``rope_scaling`` beside ``rope_theta``; transformers 5 saves
     one ``rope_parameters`` that holds both. Reading only one of them loses YaRN silently."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = scaling.get("rope_theta", config.get("rope_theta"))
     if not isinstance(theta, int | float):
         raise UnsupportedModel(f"config.json: no rope_theta (got {theta!r})")
-    kind: Literal["yarn", "default"] | str = scaling.get(
-        "rope_type", scaling.get("type", "default")
-    )
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return float(theta), None
-    if kind != "yarn":
+    if kind not in ("yarn", "llama3"):
         raise UnsupportedModel(
-            f"config.json: rope type {kind!r} is not supported (yarn or default)"
+            f"config.json: rope type {kind!r} is not supported (yarn, llama3 or default)"
         )
+    factor = float(_require(scaling, "factor", int | float))
+    original = int(
+        scaling.get("original_max_position_embeddings", config.get("initial_context_length", 4096))
+    )
+    if kind == "llama3":
+        low, high = (float(scaling.get(f"{which}_freq_factor", 1.0)) for which in ("low", "high"))
+        return float(theta), Llama3(factor, original, low, high)
     return float(theta), Yarn(
-        factor=float(scaling["factor"]),
-        original_max_position=int(
-            scaling.get(
-                "original_max_position_embeddings", config.get("initial_context_length", 4096)
-            )
-        ),
+        factor,
+        original,
         beta_fast=float(scaling.get("beta_fast", 32.0)),
         beta_slow=float(scaling.get("beta_slow", 1.0)),
         truncate=bool(scaling.get("truncate", True)),
@@ -133,7 +145,7 @@ def parse(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
         raise UnsupportedModel(
             f"quant_method {quantization.get('quant_method')!r} is not supported (mxfp4 or none)"
         )
-    theta, yarn = _rope(config)
+    theta, scaling = _rope(config)
     eos = (generation or {}).get("eos_token_id", config.get("eos_token_id"))
     vocab = _require(config, "vocab_size", int)
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
@@ -156,7 +168,7 @@ def parse(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
         windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
         max_position=_require(config, "max_position_embeddings", int),
         rope_theta=theta,
-        yarn=yarn,
+        rope_scaling=scaling,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
         swiglu_limit=float(config.get("swiglu_limit", 7.0)),
         swiglu_alpha=float(config.get("swiglu_alpha", 1.702)),

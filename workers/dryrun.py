@@ -183,7 +183,7 @@ GPT_OSS_120B = Architecture(
     windows=(128, 0) * 18,
     max_position=131072,
     rope_theta=150000.0,
-    yarn=Yarn(factor=32.0, original_max_position=4096, truncate=False),
+    rope_scaling=Yarn(factor=32.0, original_max_position=4096, truncate=False),
     mxfp4=True,
     eos_token_ids=(200002,),
 )

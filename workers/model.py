@@ -24,7 +24,7 @@ from parallelism.layers import (
     VocabEmbedding,
     VocabHead,
 )
-from workers.architecture import Architecture
+from workers.architecture import Architecture, Llama3, Yarn
 from workers.kvcache import KVCache
 
 
@@ -147,12 +147,24 @@ def inverse_frequencies(arch: Architecture) -> tuple[Tensor, float]:
 
     YaRN (arXiv:2309.00071): dimensions that turn more than beta_fast times within the original
     context keep their frequency, those below beta_slow are stretched by ``factor``, and those in
-    between are blended linearly. Scores grow by the square of the returned factor.
+    between are blended linearly by their index, Llama 3.1's (arXiv:2407.21783) by their turns.
+    Scores grow by the square of the returned factor.
     """
-    d, theta, yarn = arch.head_dim, arch.rope_theta, arch.yarn
+    d, theta, scaling = arch.head_dim, arch.rope_theta, arch.rope_scaling
     frequencies = theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
-    if yarn is None:
+    if scaling is None:
         return frequencies, 1.0
+    stretched = frequencies / scaling.factor
+    if isinstance(scaling, Llama3):
+        turns = frequencies * scaling.original_max_position / (2 * math.pi)
+        band = max(scaling.high - scaling.low, 1e-6)  # Scout has none
+        kept = ((turns - scaling.low) / band).clamp(0, 1)
+        return frequencies * kept + stretched * (1 - kept), 1.0
+    return _yarn(scaling, frequencies, stretched, theta)
+
+
+def _yarn(yarn: Yarn, frequencies: Tensor, stretched: Tensor, theta: float) -> tuple[Tensor, float]:
+    d = 2 * len(frequencies)
 
     def dimension(turns: float) -> float:
         """The pair that turns so many times within the original context."""
@@ -165,5 +177,5 @@ def inverse_frequencies(arch: Architecture) -> tuple[Tensor, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d - 1)
     ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    stretched = frequencies * (1 - ramp) + frequencies / yarn.factor * ramp
-    return stretched, 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    blended = frequencies * (1 - ramp) + stretched * ramp
+    return blended, 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0

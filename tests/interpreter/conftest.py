@@ -27,7 +27,7 @@ def _wide(x: Any) -> Any:
 
 
 def _scaled(data: Any, scales: Any, form: str) -> Any:
-    """Rows of numbers times 2^(scale - 127), a scale for every 32."""
+    """Rows of numbers times their scales: 2^(scale - 127) for every 32, e4m3 for every 16."""
     stored = np.ascontiguousarray(data).view(np.uint8)
     if form == "e4m3":
         values = torch.from_numpy(stored).view(torch.float8_e4m3fn).float().numpy()
@@ -36,7 +36,9 @@ def _scaled(data: Any, scales: Any, form: str) -> Any:
         nibbles = np.stack((stored & 15, stored >> 4), -1).reshape(len(stored), -1)
         table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
         values = np.where(nibbles & 8, -table[nibbles & 7], table[nibbles & 7])
-    factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+    if scales.dtype.is_fp8e4nv():
+        return values * np.repeat(_wide(scales), 16, 1)
+    factors = np.ldexp(np.float32(1), scales.data.astype(np.int32) - 127)
     return values * np.repeat(factors, 32, 1)
 
 
@@ -57,8 +59,8 @@ def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Any:  # fmt: skip
         """The interpreter has none. Scales lie along the sum, which is the last dimension of a and
         of b turned; 4-bit numbers are packed along it, the lower half first."""
-        left = _scaled(a.handle.data, a_scale.handle.data, a_form)
-        right = _scaled(np.swapaxes(b.handle.data, -1, -2), b_scale.handle.data, b_form)
+        left = _scaled(a.handle.data, a_scale.handle, a_form)
+        right = _scaled(np.swapaxes(b.handle.data, -1, -2), b_scale.handle, b_form)
         sums = np.einsum("ik,jk->ij", left, right) + total.handle.data
         return self.tensor(interpreter.TensorHandle(sums, tl.float32), total.type)
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from kernels import attention, check, moe, norm, proofs, rates, roofline
+from kernels import attention, check, norm, proofs, rates, roofline
 from kernels.check import Row
 from kernels.launch import Launch, watched
 from kernels.mxfp4 import MXFP4
+from kernels.packed import Packed
 from kernels.proofs import Context, Figure
 from kernels.roofline import GPT_OSS_20B, GPT_OSS_120B, Ceilings, Group, Layer, Shape, Step
 from tests import gpu_check
@@ -49,9 +50,11 @@ BF16 = torch.bfloat16
         partial(proofs.sampling, filters=(0, 1.0, 0.0)),
         partial(proofs.sampling, filters=(20, 0.9, 0.05)),
         partial(proofs.penalties),
-        partial(proofs.experts, dtype=BF16, mxfp4=True, routing="spread"),
-        partial(proofs.experts, dtype=torch.float32, mxfp4=True, routing="one"),
-        partial(proofs.experts, dtype=BF16, mxfp4=False, routing="ranks"),
+        partial(proofs.experts, dtype=BF16, form="MXFP4", routing="spread"),
+        partial(proofs.experts, dtype=torch.float32, form="MXFP4", routing="one"),
+        partial(proofs.experts, dtype=BF16, form="dense", routing="ranks"),
+        partial(proofs.experts, dtype=BF16, form="NVFP4", routing="spread"),
+        partial(proofs.experts, dtype=BF16, form="INT4", routing="spread"),
         partial(proofs.invariant_attention, window=0),
         partial(proofs.invariant_attention, window=8),
         partial(proofs.invariant_products, mxfp4=True),
@@ -205,7 +208,7 @@ def test_a_step_launches_what_it_should(batch: int, splits: bool) -> None:
         with mode:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
-    def pack(w: MXFP4) -> moe.MXFP4Words:
+    def pack(w: MXFP4) -> Packed:
         """The real one looks at values."""
         count, rows, blocks, _ = w.blocks.shape
         chunks = -(-blocks // 4)
@@ -213,7 +216,7 @@ def test_a_step_launches_what_it_should(batch: int, splits: bool) -> None:
             torch.empty(count, rows, n, dtype=torch.int32, device="cuda")
             for n in (16 * chunks, chunks)
         )
-        return moe.MXFP4Words(words, scales)
+        return Packed("mxfp4", words, scales)
 
     ops = replace(Context(CPU, {}).ops(), pack=pack)
     shape, rows = GPT_OSS_20B, [(1499, 1)] * batch
@@ -271,7 +274,9 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["time: MoE 120b, 64 tokens"][1] == {"_sort": 1, "_grouped": 2, "_add_pairs": 1}
     assert found["time: linear qkv, 64 tokens"][1] == {}
     assert found["time, batch-invariant: linear qkv, 64 tokens"][1] == {"_linear": 1}
+    assert found["time: sampling, 64 rows"][1] == {"_draw": 1, "_pick": 1}
     step = found["step: gpt-oss-20b decode, batch 64"][1]
+    assert step["_draw"] == 1
     assert step["_rms_norm"] == 5
     assert step["_grouped"] == 4
 

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import configurations, int4, moe, reference
+from kernels import configurations, int4, moe, nvfp4, reference
 from kernels.configurations import Experts, Tile, Tiles
 from kernels.int4 import Int4
 from kernels.mxfp4 import MXFP4, dequantize
+from kernels.nvfp4 import NVFP4
+from kernels.packed import Packed, pack, quantize_mxfp8, quantize_nvfp4
 from tests.checkpoints import quantize_mxfp4
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -55,8 +57,8 @@ def test_packed_words_hold_every_number() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).repeat(3, 2).view(1, 6, 16, 16)
     scales = torch.tensor([0, 1, 100, 127, 128, 60], dtype=torch.uint8)
     scales = scales[:, None].repeat(1, 16)[None]
-    packed = moe.pack(MXFP4(blocks, scales))
-    assert isinstance(packed, moe.MXFP4Words)
+    packed = pack(MXFP4(blocks, scales))
+    assert isinstance(packed, Packed)
     expected = dequantize(MXFP4(blocks, scales), torch.float32)
     identity = torch.eye(512)
     order, offsets = torch.arange(512, dtype=torch.int32), torch.tensor([0, 512]).int()
@@ -78,7 +80,7 @@ def test_packed_words_hold_every_number() -> None:
     )
     assert torch.equal(ours.T[None], expected)
     with pytest.raises(ValueError, match=r"scale of 2\^2 is above 2"):
-        moe.pack(MXFP4(blocks, torch.full_like(scales, 129)))
+        pack(MXFP4(blocks, torch.full_like(scales, 129)))
 
 
 @settings(deadline=None, max_examples=25)
@@ -115,7 +117,7 @@ def test_experts(
     ids, weights = reference.route(logits, 3, torch.arange(tokens))
     ids = ids.int()
     matrices = [MXFP4(*quantize_mxfp4(w)) if mxfp4 else w.to(dtype) for w in (w13, w2)]
-    packed = [moe.pack(w) for w in matrices]
+    packed = [pack(w) for w in matrices]
     rest = (2, 7.0, 1.702)
     last = b2 if bias else None
     wide = [dequantize(w, torch.float32) if isinstance(w, MXFP4) else w.float() for w in matrices]
@@ -128,7 +130,7 @@ def test_experts(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("form", ["dense", "words", "scaled"])
+@pytest.mark.parametrize("form", ["dense", "words", "scaled", "nvfp4"])
 def test_rows_never_depend_on_their_batch(form: str) -> None:
     draw = torch.Generator().manual_seed(0)
     x, logits = torch.randn(70, 64, generator=draw), torch.randn(70, 8, generator=draw)
@@ -136,8 +138,12 @@ def test_rows_never_depend_on_their_batch(form: str) -> None:
     packed = [MXFP4(*quantize_mxfp4(w)) for w in matrices]
     w13, w2 = {
         "dense": matrices,
-        "words": [moe.pack(w) for w in packed],
-        "scaled": [moe.scaled(w) for w in packed],
+        "words": [pack(w) for w in packed],
+        "scaled": [pack(w, native=True) for w in packed],
+        "nvfp4": [
+            pack(nvfp4.quantize(w, w.abs().amax((1, 2)) / nvfp4.LARGEST), native=True)
+            for w in matrices
+        ],
     }[form]
     b13, b2 = torch.randn(2, 8, 64, generator=draw)
     ids, weights = moe.route(logits, 3, torch.arange(70))
@@ -162,7 +168,7 @@ def test_quantize_mxfp8(dtype: torch.dtype, width: int) -> None:
     x *= 2.0 ** torch.arange(-8, 9)[:, None]
     x[0], x[1, :32], x[2, 0], x[3, 0] = 0, 1e-36, 511.0, 1e30
     x = x.to(dtype)
-    values, scales = moe.quantize_mxfp8(x)
+    values, scales = quantize_mxfp8(x)
     expected, expected_scales = reference.quantize_mxfp8(x)
     blocks = width // 32
     assert torch.equal(scales[:, :blocks], expected_scales)
@@ -175,7 +181,7 @@ def test_quantize_mxfp8(dtype: torch.dtype, width: int) -> None:
     most = close_to.abs().amax(-1, keepdim=True)
     assert ((restored - close_to).abs() <= most / 8 + 1e-38).all()
     x[5, 3] = torch.nan
-    assert moe.quantize_mxfp8(x)[0].float().isnan().nonzero().tolist() == [[5, 3]]
+    assert quantize_mxfp8(x)[0].float().isnan().nonzero().tolist() == [[5, 3]]
 
 
 # Rows of pairs that are not on this rank are never written, and rounded as they are.
@@ -202,11 +208,11 @@ def test_scaled_experts(tokens: int, skew: bool) -> None:
         rest = (w13, b13, w2, b2, 2, 7.0, 1.702, False, activations)
         return reference.experts(x, ids, weights, *rest).float()
 
-    rest = (moe.scaled(w13), b13, moe.scaled(w2), b2, 2, 7.0, 1.702)
+    rest = (pack(w13, native=True), b13, pack(w2, native=True), b2, 2, 7.0, 1.702)
     ours = moe.experts(x, ids, weights, *rest, config=SMALL).float()
     exact = expected(lambda x: x)
     largest = float(exact.abs().max())
-    assert (ours - expected(reference.mxfp8)).abs().max() < 0.02 * largest
+    assert (ours - expected(reference.as_mxfp8)).abs().max() < 0.02 * largest
     assert (ours - exact).norm() < 0.08 * exact.norm()
     assert not ours[1:2].any(), "padding went to an expert"
 
@@ -231,7 +237,7 @@ def test_int4_experts(dtype: torch.dtype, tokens: int, plain: bool) -> None:
     logits = torch.randn(tokens, 8, generator=draw)
     ids, weights = moe.route(logits, 3, torch.arange(tokens))
     rest = (b2, 2, 7.0, 1.702, plain)
-    ours = moe.experts(x, ids, weights, moe.pack(w13), b13, moe.pack(w2), *rest, config=SMALL)
+    ours = moe.experts(x, ids, weights, pack(w13), b13, pack(w2), *rest, config=SMALL)
     wide = [int4.dequantize(w, dtype).float() for w in (w13, w2)]
     close(
         ours,
@@ -240,3 +246,93 @@ def test_int4_experts(dtype: torch.dtype, tokens: int, plain: bool) -> None:
         ),
     )
     close(ours, reference.experts(x, ids, weights, w13, b13, w2, *rest))
+
+
+def random_nvfp4(draw: torch.Generator, *shape: int) -> NVFP4:
+    """All numbers, and scales from 0 to e4m3's largest."""
+    rows = shape[:-1]
+    blocks = torch.randint(0, 256, (*rows, shape[-1] // 2), generator=draw).to(torch.uint8)
+    scales = torch.randint(0, 127, (*rows, shape[-1] // 16), generator=draw).to(torch.uint8)
+    factors = torch.rand(shape[0], generator=draw) * 1e-4
+    return NVFP4(blocks, scales.view(torch.float8_e4m3fn), factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_words_hold_every_number(dtype: torch.dtype) -> None:
+    """Times the factor, which is applied to the sum; with every scale there is."""
+    draw = torch.Generator().manual_seed(0)
+    w = random_nvfp4(draw, 1, 30, 224)
+    w.scales.view(torch.uint8)[0, :9] = torch.arange(126).view(9, 14)
+    packed = pack(w)
+    assert isinstance(packed, Packed)
+    order, offsets = torch.arange(224, dtype=torch.int32), torch.tensor([0, 224]).int()
+    ours = torch.full((224, 30), torch.nan)
+    moe._product(
+        torch.eye(224, dtype=dtype), packed, None, torch.ones(224), ours,
+        order, offsets, 1, 1, 0.0, 0.0, False, SMALL.words.large,
+    )  # fmt: skip
+    assert torch.equal(ours.T[None], nvfp4.dequantize(w, torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [32, 96, 2880])
+def test_quantize_nvfp4(dtype: torch.dtype, width: int) -> None:
+    """To the bit, with blocks of zeros, tiny numbers, ties and what is not a number."""
+    x = torch.randn(17, width, generator=torch.Generator().manual_seed(0))
+    x *= 2.0 ** torch.arange(-8, 9)[:, None]
+    x[0], x[1, :16], x[2, 0] = 0, 1e-36, 1e30
+    # Divisible by 6 * 448 and 448: scales are 448 and 0.25, 0.5 ... of a number are exact.
+    x[3] = 0
+    x[3, :16] = torch.tensor([6.0, *(0.25 + 0.5 * torch.arange(15) % 6)]) * 448
+    x = x.to(dtype)
+    blocks, scales, factors = quantize_nvfp4(x)
+    expected = reference.quantize_nvfp4(x)
+    assert torch.equal(factors, expected.factors)
+    assert torch.equal(scales[:, : width // 16].float(), expected.scales.float())
+    assert torch.equal(blocks[:, : width // 2], expected.blocks)
+    assert not blocks[:, width // 2 :].any()
+    assert not scales[:, width // 16 :].float().any()
+    # 4 bits and scales of 4: off by at most a 6th and a 16th of a block's largest.
+    near = x[4:].float().unflatten(1, (-1, 16))
+    off = reference.as_nvfp4(x[4:].float()).unflatten(1, (-1, 16)) - near
+    most = near.abs().amax(-1, keepdim=True)
+    assert (off.abs() <= most * (1 / 6 + 1 / 16)).all()
+    assert (off.norm() < 0.12 * near.norm()).all()
+    x[5, 3] = torch.nan
+    factors = quantize_nvfp4(x)[2]
+    assert factors.isnan().nonzero().tolist() == [[5]]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("tokens", [1, 17, 140])
+def test_nvfp4_experts(native: bool, tokens: int) -> None:
+    """Unpacked in registers: exact. Times NVFP4 activations: against the reference with these."""
+    draw = torch.Generator().manual_seed(tokens)
+    count, hidden, inner = 4, 160, 96
+    w13, w2 = (
+        nvfp4.quantize(w, w.abs().amax((1, 2)) / nvfp4.LARGEST)
+        for w in (
+            torch.randn(count, 2 * inner, hidden, generator=draw) * 0.3,
+            torch.randn(count, hidden, inner, generator=draw) * 0.3,
+        )
+    )
+    dtype = torch.float32 if native else torch.bfloat16
+    x = torch.randn(tokens, hidden, generator=draw).to(dtype)
+    b13, b2 = (torch.randn(count, n, generator=draw).to(dtype) for n in (2 * inner, hidden))
+    ids, weights = moe.route(torch.randn(tokens, 8, generator=draw), 3, torch.arange(tokens))
+    rest = (2, 7.0, 1.702, True)
+    packed = pack(w13, native), pack(w2, native)
+    ours = moe.experts(x, ids, weights, packed[0], b13, packed[1], b2, *rest, config=SMALL).float()
+
+    def expected(activations: Callable[[Tensor], Tensor]) -> Tensor:
+        return reference.experts(x, ids, weights, w13, b13, w2, b2, *rest, activations).float()
+
+    exact = expected(lambda x: x)
+    if not native:
+        close(ours.bfloat16(), exact)
+        return
+    # In bf16, many of the first product would fall into the next of 8 numbers.
+    assert (ours - expected(reference.as_nvfp4)).norm() < 0.003 * exact.norm()
+    assert (ours - exact).norm() < 0.25 * exact.norm()
