@@ -88,11 +88,18 @@ def attention(arch: Family, heads: int, kv_heads: int, head_dim: int, invariant:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """``small`` while an expert has one tile of rows on average, for the weights' sake; ``large``
-    beyond. Equal for a batch-invariant run."""
+    """The first whose rows hold an expert's pairs on average, else the last: fewer rows read the
+    weights as fast, more multiply less that is not there. Equal for a batch-invariant run."""
 
     small: Tile
+    middle: Tile
     large: Tile
+
+    def of(self, pairs: int, experts: int) -> Tile:
+        for tile in (self.small, self.middle):
+            if pairs <= tile.rows * experts:
+                return tile
+        return self.large
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +115,21 @@ def experts(arch: Family, invariant: bool) -> Experts:
     small = Tile(16, 64, 64, 4, 4)
     rows = 64 if arch == "generic" else 128  # 128 spill with mma.sync
     large = Tile(rows, 128, 64, 8, 3, PRODUCTS[arch])
+    middle = Tile(32, 64, 64, 4, 4) if arch == "generic" else replace(large, rows=64, warps=4)
     block_scale: Products = "tcgen05.block_scale" if arch == "blackwell" else "mma.sync"
     # Few rows go to the right side of the product, so the weights fill the tensor core's 128.
     few = Tile(16, 128, 128, 4, 4, block_scale)
+    more = replace(few, rows=64, warps=8)
     many = Tile(128, 128, 128, 8, 3, block_scale)
     # Of INT4, 128 columns spill on tcgen05.
     words = replace(large, columns=64, warps=4) if arch == "blackwell" else large
     if invariant:
-        return Experts(Tiles(large, large), Tiles(words, words), Tiles(many, many))
-    return Experts(Tiles(small, large), Tiles(small, words), Tiles(few, many))
+        return Experts(*(Tiles(tile, tile, tile) for tile in (large, words, many)))
+    return Experts(
+        Tiles(small, middle, large),
+        Tiles(small, replace(words, rows=middle.rows, warps=4), words),
+        Tiles(few, more, many),
+    )
 
 
 def linear(arch: Family) -> Tile:

@@ -294,7 +294,7 @@ def experts(
     launch(_sort, (count + 1,), ids, order, offsets, pairs, first, count, BLOCK=SORTED)
     form = w13.form if isinstance(w13, Packed) else "dense"
     tiles = config.scaled if form in NATIVE else config.words if form != "dense" else config.dense
-    tile = tiles.small if pairs <= tiles.small.rows * count else tiles.large
+    tile = tiles.of(pairs, count)
     sorted_ = (order, offsets, count, k, limit, alpha, plain, tile)
     h = torch.empty(pairs, b13.shape[1] // 2, dtype=x.dtype, device=device)
     _product(x, w13, b13, None, h, *sorted_)

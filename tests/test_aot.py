@@ -134,7 +134,7 @@ def packed_launches(form: Form, tokens: int, arch: int) -> list[Launch]:
     return found
 
 
-@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize("tokens", [1, 512, 4096])
 @pytest.mark.parametrize(
     ("form", "arch"),
     [

@@ -20,9 +20,9 @@ from tests.checkpoints import quantize_mxfp4
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SMALL = Experts(
-    Tiles(Tile(16, 32, 32, 4, 1), Tile(32, 32, 64, 4, 1)),
-    Tiles(Tile(16, 32, 0, 4, 1), Tile(32, 32, 0, 4, 1)),
-    Tiles(Tile(16, 32, 128, 4, 1), Tile(128, 32, 128, 4, 1)),
+    Tiles(Tile(16, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(64, 32, 64, 4, 1)),
+    Tiles(Tile(16, 32, 0, 4, 1), Tile(32, 32, 0, 4, 1), Tile(64, 32, 0, 4, 1)),
+    Tiles(Tile(16, 32, 128, 4, 1), Tile(32, 32, 128, 4, 1), Tile(128, 32, 128, 4, 1)),
 )
 
 
