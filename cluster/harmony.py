@@ -25,10 +25,10 @@ HEADER_TOKENS = 256
 _RECIPIENT = re.compile(r"(?:^|\s)to=(\S+)")
 
 
-class Spoken(msgspec.Struct, frozen=True):
+class Token(msgspec.Struct, frozen=True):
     """A token of the content; ``offset`` counts the characters of content before its text."""
 
-    token: int
+    id: int
     offset: int
     logprobs: Logprobs
 
@@ -41,7 +41,7 @@ class Delta(msgspec.Struct, frozen=True):
     text: str
     call: int = -1
     name: str = ""
-    spoken: Sequence[Spoken] = ()  # whose text it completes, where log probabilities were asked for
+    tokens: Sequence[Token] = ()  # whose text it completes, where log probabilities were asked for
 
 
 class Splitter(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from cluster import openai
-from cluster.harmony import Delta, Spoken
+from cluster.harmony import Delta, Token
 from cluster.openai import Call, Model
 from cluster.reply import Choice
 from cluster.text import Text
@@ -55,7 +55,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     reasoning: str  # the analysis channel of a harmony answer to ``chat``
     finish_reason: str  # "stop", "length" or "tool_calls"
-    spoken: list[Spoken]  # tokens of ``text`` with their log probabilities, where asked for
+    tokens: list[Token]  # tokens of ``text`` with their log probabilities, where asked for
 
 
 class LLM:
@@ -170,7 +170,7 @@ class LLM:
                 text=choice.content,
                 reasoning=choice.reasoning,
                 finish_reason=choice.reason or "",
-                spoken=choice.spoken,
+                tokens=choice.tokens,
             )
             for choice in ordered
         ]

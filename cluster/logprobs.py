@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cluster.harmony import Delta, Splitter, Spoken
+from cluster.harmony import Delta, Splitter, Token
 from cluster.text import Text
 from workers.wire import Logprobs
 
@@ -25,10 +25,9 @@ class Attribution:
         names = text.control if skip_control else {}
         self._splitter = splitter
         self._control = frozenset(names.values())
-        # These leave a message or a header behind.
         self._resets = frozenset(id for name, id in names.items() if name in RESETS)
         self._pending: list[tuple[int, Logprobs | None]] = []  # tokens whose text is to come
-        self._placed: deque[tuple[int, Spoken]] = deque()  # and where their text ends
+        self._placed: deque[tuple[int, Token]] = deque()  # and where their text ends
         self._said = self._shown = 0  # characters of content, before stop strings and after
 
     def feed(self, token: int, logprobs: Logprobs | None) -> list[Delta]:
@@ -53,11 +52,11 @@ class Attribution:
         """``deltas`` are shown: their last content gets the tokens whose text is all out."""
         content = [at for at, delta in enumerate(deltas) if delta.kind == "content"]
         self._shown += sum(len(deltas[at].text) for at in content)
-        spoken = []
+        shown = []
         while self._placed and self._placed[0][0] <= self._shown:
-            spoken.append(self._placed.popleft()[1])
-        if spoken:
-            deltas[content[-1]] = msgspec.structs.replace(deltas[content[-1]], spoken=spoken)
+            shown.append(self._placed.popleft()[1])
+        if shown:
+            deltas[content[-1]] = msgspec.structs.replace(deltas[content[-1]], tokens=shown)
 
     def _place(self, deltas: Sequence[Delta]) -> bool:
         """Whether they have content; what was pending is then part of it."""
@@ -67,11 +66,12 @@ class Attribution:
         start, self._said = self._said, self._said + length
         for token, logprobs in self._pending:
             if logprobs is not None:  # else it was sent before this answer went on
-                self._placed.append((self._said, Spoken(token, start, logprobs)))
+                self._placed.append((self._said, Token(token, start, logprobs)))
         self._pending.clear()
         return True
 
 
+# Control tokens that leave a message or a header behind.
 RESETS = ("<|start|>", "<|end|>", "<|return|>", "<|call|>")
 
 
@@ -97,37 +97,33 @@ class TextLogprobs(msgspec.Struct, gc=False):
     text_offset: list[int]
 
 
-def chat_logprobs(text: Text, spoken: Sequence[Spoken]) -> ChatLogprobs:
+def chat_logprobs(text: Text, tokens: Sequence[Token]) -> ChatLogprobs:
     """As ``/v1/chat/completions`` sends them."""
 
-    def likely(token: int) -> tuple[str, list[int]]:
-        piece = text.piece(token)
-        return _name(piece, ""), [*piece]
-
     content = []
-    for each in spoken:
+    for token in tokens:
         top = []
-        for token, value in zip(each.logprobs.tokens, each.logprobs.values, strict=True):
-            name, piece = likely(token)
-            top.append(_Likely(name, value, piece))
-        name, piece = likely(each.token)
-        content.append(_Token(name, each.logprobs.chosen, piece, top))
+        for id, value in zip(token.logprobs.tokens, token.logprobs.values, strict=True):
+            piece = text.piece(id)
+            top.append(_Likely(_name(piece, ""), value, [*piece]))
+        piece = text.piece(token.id)
+        content.append(_Token(_name(piece, ""), token.logprobs.chosen, [*piece], top))
     return ChatLogprobs(content)
 
 
-def text_logprobs(text: Text, spoken: Sequence[Spoken]) -> TextLogprobs:
+def text_logprobs(text: Text, tokens: Sequence[Token]) -> TextLogprobs:
     """As ``/v1/completions`` sends them: the sampled token is always among the top ones."""
-    names = [_name(text.piece(each.token), "bytes:") for each in spoken]
-    tops = []
-    for name, each in zip(names, spoken, strict=True):
+    out = TextLogprobs([], [], [], [])
+    for token in tokens:
+        ids, values = token.logprobs.tokens, token.logprobs.values
         top: dict[str, float] = {}
-        for token, value in zip(each.logprobs.tokens, each.logprobs.values, strict=True):
-            top.setdefault(_name(text.piece(token), "bytes:"), value)
-        top.setdefault(name, each.logprobs.chosen)
-        tops.append(top)
-    return TextLogprobs(
-        names, [each.logprobs.chosen for each in spoken], tops, [each.offset for each in spoken]
-    )
+        for id, value in zip([*ids, token.id], [*values, token.logprobs.chosen], strict=True):
+            top.setdefault(_name(text.piece(id), "bytes:"), value)
+        out.tokens.append(_name(text.piece(token.id), "bytes:"))
+        out.token_logprobs.append(token.logprobs.chosen)
+        out.top_logprobs.append(top)
+        out.text_offset.append(token.offset)
+    return out
 
 
 def _name(piece: bytes, prefix: str) -> str:

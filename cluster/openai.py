@@ -451,7 +451,7 @@ def _sampling(model: Model, asked: CompletionsBody | ChatBody, limit: int, seed:
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=repetition_penalty,
         logit_bias=_biases(model, asked.logit_bias),
-        logprobs=_logprobs(asked),
+        logprobs=_logprobs(model, asked),
     )
 
 
@@ -477,7 +477,7 @@ def _biases(model: Model, asked: dict[str, float]) -> dict[int, float]:
     return biases
 
 
-def _logprobs(asked: CompletionsBody | ChatBody) -> int | None:
+def _logprobs(model: Model, asked: CompletionsBody | ChatBody) -> int | None:
     """How many likeliest tokens come with each token; None: no log probabilities."""
     if isinstance(asked, CompletionsBody):
         name, most, highest = "logprobs", asked.logprobs, MOST_LIKELY["completions"]
@@ -488,6 +488,10 @@ def _logprobs(asked: CompletionsBody | ChatBody) -> int | None:
         most = _given(most, 0) if asked.logprobs else None
     if most is not None and not 0 <= most <= highest:
         raise Refusal(f"{name} must be from 0 to {highest}, not {most}", param=name)
+    if most is not None and not model.text.has_tokenizer:
+        raise Refusal(
+            "logprobs are those of a text's tokens; this model has no tokenizer", param="logprobs"
+        )
     return most
 
 

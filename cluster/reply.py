@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from cluster.harmony import Delta, Plain, Splitter, Spoken, splitter
+from cluster.harmony import Delta, Plain, Splitter, Token, splitter
 from cluster.logprobs import (
     Attribution,
     ChatLogprobs,
@@ -104,7 +104,7 @@ class Choice:
         self.reason: str | None = None  # once finished: OpenAI's finish_reason
         self.stop_reason: str | int | None = None  # the stop string or stop token that ended it
         self.calls: list[tuple[str, list[str]]] = []  # (name, pieces of the arguments)
-        self.spoken: list[Spoken] = []  # tokens of the content, where log probabilities are asked
+        self.tokens: list[Token] = []  # tokens of the content, where log probabilities are asked
         self._texts: dict[str, list[str]] = {"content": [], "reasoning": []}
         text = call.model.text
         self._splitter: Splitter
@@ -193,7 +193,7 @@ class Choice:
         if self._attribution is not None:
             self._attribution.show(deltas)
             for delta in deltas:
-                self.spoken += delta.spoken
+                self.tokens += delta.tokens
         return deltas
 
     def _take(self, deltas: Sequence[Delta]) -> list[Delta]:
@@ -299,10 +299,13 @@ class Reply:
                     )
                     for at, (name, arguments) in enumerate(choice.calls)
                 ]
-            out = _ChatChoice(index, message=message, logprobs=self._chat_logprobs(choice.spoken))
+            out = _ChatChoice(index, message=message)
+            if choice.request.sampling.logprobs is not None:
+                out.logprobs = chat_logprobs(self.call.model.text, choice.tokens)
         else:
-            logprobs = self._text_logprobs(choice.spoken)
-            out = _TextChoice(index, self._echo(index) + choice.content, logprobs)
+            out = _TextChoice(index, self._echo(index) + choice.content)
+            if choice.request.sampling.logprobs is not None:
+                out.logprobs = text_logprobs(self.call.model.text, choice.tokens)
             if self.call.return_token_ids:
                 out.prompt_token_ids = choice.request.prompt
         return self._ended(out, choice, choice.emitted)
@@ -321,9 +324,10 @@ class Reply:
                 text = self._echo(index) + text
             if not text and choice.reason is None and ids is UNSET:
                 return []
-            spoken = [each for delta in deltas for each in delta.spoken]
-            logprobs = self._text_logprobs(spoken) if spoken else None
-            out = _TextChoice(index, text, logprobs, prompt_token_ids=prompt, token_ids=ids)
+            said = [token for delta in deltas for token in delta.tokens]
+            out = _TextChoice(index, text, prompt_token_ids=prompt, token_ids=ids)
+            if said:
+                out.logprobs = text_logprobs(self.call.model.text, said)
             return [self._event([self._ended(out, choice, ids)])]
         events = []
         if opening:
@@ -331,8 +335,8 @@ class Reply:
             events.append(self._event([first], prompt=prompt))
         for delta in deltas:
             chunk = _ChatChoice(index, delta=self._delta(index, delta), token_ids=ids)
-            if delta.spoken:
-                chunk.logprobs = self._chat_logprobs(delta.spoken)
+            if delta.tokens:
+                chunk.logprobs = chat_logprobs(self.call.model.text, delta.tokens)
             ids = UNSET
             events.append(self._event([chunk]))
         if choice.reason is not None:
@@ -344,14 +348,6 @@ class Reply:
 
     def _echo(self, index: int) -> str:
         return self.call.echoes[index] if self.call.echoes else ""
-
-    def _chat_logprobs(self, spoken: Sequence[Spoken]) -> ChatLogprobs | None:
-        asked = self.call.requests[0].sampling.logprobs is not None
-        return chat_logprobs(self.call.model.text, spoken) if asked else None
-
-    def _text_logprobs(self, spoken: Sequence[Spoken]) -> TextLogprobs | None:
-        asked = self.call.requests[0].sampling.logprobs is not None
-        return text_logprobs(self.call.model.text, spoken) if asked else None
 
     def _delta(self, index: int, delta: Delta) -> _Delta:
         if delta.kind == "content":
