@@ -13,6 +13,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -295,7 +296,10 @@ class Ingress:
         peer = self._peers[engine]
         peer.link.submit(request, receive)
         peer.belief.reserve(request, now)
-        return Held(engine, peer, asyncio.create_task(self._hold(engine, peer, request)))
+        # Not in this request's context: Serve takes a client's calls from there for one call, and
+        # its router then spins for ever on the second.
+        hold = self._hold(engine, peer, request)
+        return Held(engine, peer, asyncio.create_task(hold, context=Context()))
 
     async def _hold(self, engine: Engine, peer: Peer, request: Request) -> None:
         """Keep the lease; when the replica dies the request ends here, if not sooner."""
