@@ -296,8 +296,8 @@ class Ingress:
         peer = self._peers[engine]
         peer.link.submit(request, receive)
         peer.belief.reserve(request, now)
-        # Not in this request's context: Serve takes a client's calls from there for one call, and
-        # its router then spins for ever on the second.
+        # In a context of its own: Serve knows a call by an id that it finds in the HTTP request's,
+        # and its router would never place a second call of that id, nor let anyone else run.
         hold = self._hold(engine, peer, request)
         return Held(engine, peer, asyncio.create_task(hold, context=Context()))
 

@@ -373,7 +373,8 @@ def _call(
     if isinstance(asked, CompletionsBody):
         skip_control = asked.skip_special_tokens
         if asked.echo:
-            echoes = [model.text.decode(request.prompt, skip_control) for request in requests]
+            texts = [model.text.decode(prompt, skip_control) for prompt in prompts]
+            echoes = [text for text in texts for _ in range(asked.n)]
     return Call(
         id=id,
         kind=kind,
