@@ -13,6 +13,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -295,7 +296,10 @@ class Ingress:
         peer = self._peers[engine]
         peer.link.submit(request, receive)
         peer.belief.reserve(request, now)
-        return Held(engine, peer, asyncio.create_task(self._hold(engine, peer, request)))
+        # In a context of its own: Serve knows a call by an id that it finds in the HTTP request's,
+        # and its router would never place a second call of that id, nor let anyone else run.
+        hold = self._hold(engine, peer, request)
+        return Held(engine, peer, asyncio.create_task(hold, context=Context()))
 
     async def _hold(self, engine: Engine, peer: Peer, request: Request) -> None:
         """Keep the lease; when the replica dies the request ends here, if not sooner."""

@@ -16,12 +16,21 @@ from typing import Literal, Protocol
 import msgspec
 
 from cluster.text import Text
+from workers.wire import Logprobs
 
 Kind = Literal["content", "reasoning", "call"]
 
 # Longer than any header: a role, a channel and a 64-character function name, a byte per token.
 HEADER_TOKENS = 256
 _RECIPIENT = re.compile(r"(?:^|\s)to=(\S+)")
+
+
+class Token(msgspec.Struct, frozen=True):
+    """A token of the content; ``offset`` counts the characters of content before its text."""
+
+    id: int
+    offset: int
+    logprobs: Logprobs
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -32,9 +41,14 @@ class Delta(msgspec.Struct, frozen=True):
     text: str
     call: int = -1
     name: str = ""
+    tokens: Sequence[Token] = ()  # whose text it completes, where log probabilities were asked for
 
 
 class Splitter(Protocol):
+    @property
+    def kind(self) -> Kind | None:
+        """What the next token's text will be; None where that is not known yet."""
+
     def feed(self, tokens: Sequence[int]) -> list[Delta]: ...
 
     def finish(self) -> list[Delta]:
@@ -45,8 +59,10 @@ class Splitter(Protocol):
 class Plain:
     """For models without channels: everything is content."""
 
-    def __init__(self, text: Text) -> None:
-        self._detokenizer = text.detokenizer()
+    kind: Kind = "content"
+
+    def __init__(self, text: Text, skip_control: bool = True) -> None:
+        self._detokenizer = text.detokenizer(skip_control)
 
     def feed(self, tokens: Sequence[int]) -> list[Delta]:
         return _content(self._detokenizer.feed(tokens))
@@ -83,6 +99,10 @@ class Harmony:
             self._carry = [delta for delta in self._deltas if delta.name]
             self._given = self._count
             self._said.clear()
+
+    @property
+    def kind(self) -> Kind | None:
+        return self._kind
 
     def feed(self, tokens: Sequence[int]) -> list[Delta]:
         self._deltas, self._carry = self._carry, []

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from cluster import openai
-from cluster.harmony import Delta, Plain, splitter
+from cluster.harmony import Delta, Token
 from cluster.openai import Call, Model
 from cluster.reply import Choice
 from cluster.text import Text
@@ -38,16 +38,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    n: int = 1  # answers to each prompt; only in ``generate``
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # how many likeliest tokens come with each; None: nothing
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """What was generated for one prompt."""
+    """One answer to a prompt."""
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     reasoning: str  # the analysis channel of a harmony answer to ``chat``
     finish_reason: str  # "stop", "length" or "tool_calls"
+    tokens: list[Token]  # tokens of ``text`` with their log probabilities, where asked for
 
 
 class LLM:
@@ -101,7 +109,10 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
     ) -> list[Completion]:
-        """Continue one prompt or many, each a text or token ids. Raises cluster.schema.Refusal."""
+        """Continue one prompt or many, each a text or token ids, each ``params.n`` times.
+
+        Raises cluster.schema.Refusal.
+        """
         several: Sequence[Any] = prompts
         if isinstance(prompts, str) or all(isinstance(part, int) for part in prompts):
             several = [prompts]
@@ -115,6 +126,7 @@ class LLM:
         tools: Sequence[dict[str, Any]] = (),
     ) -> Completion:
         """Answer a conversation, rendered with the model's chat template."""
+        _single(params)
         call = self._understand(openai.chat, params, messages=list(messages), tools=list(tools))
         return self._finish([call])[0]
 
@@ -122,6 +134,7 @@ class LLM:
         self, prompt: Prompt | Sequence[dict[str, Any]], params: SamplingParams | None = None
     ) -> Generator[Delta]:
         """The deltas of one answer as they come: to a text or token ids, or to messages."""
+        _single(params)
         if prompt and isinstance(prompt[0], dict):
             call = self._understand(openai.chat, params, messages=list(prompt))
         else:
@@ -133,6 +146,9 @@ class LLM:
         self, parse: Callable[..., Call], params: SamplingParams | None, **body: Any
     ) -> Call:
         asked = msgspec.structs.asdict(params or SamplingParams())
+        if parse is openai.chat:
+            asked["top_logprobs"] = asked["logprobs"]
+            asked["logprobs"] = asked["logprobs"] is not None
         body |= {name: value for name, value in asked.items() if value is not None}
         return parse(
             msgspec.json.encode(body),
@@ -154,18 +170,15 @@ class LLM:
                 text=choice.content,
                 reasoning=choice.reasoning,
                 finish_reason=choice.reason or "",
+                tokens=choice.tokens,
             )
             for choice in ordered
         ]
 
     def _run(self, calls: Sequence[Call]) -> Generator[tuple[Choice, list[Delta]]]:
         """Every choice and what each step added to it, until all have ended."""
-        text, scheduler = self._model.text, self._scheduler
-        choices: dict[str, Choice] = {}
-        for call in calls:
-            for request in call.requests:
-                split = splitter(text, request.prompt) if call.kind == "chat" else Plain(text)
-                choices[request.id] = Choice(request, split, call.stop)
+        scheduler = self._scheduler
+        choices = {request.id: Choice(call, request) for call in calls for request in call.requests}
         try:
             outputs = [
                 output
@@ -185,3 +198,8 @@ class LLM:
         finally:  # also when the caller stops listening
             for id in choices:
                 scheduler.abort(id, time.monotonic())
+
+
+def _single(params: SamplingParams | None) -> None:
+    if params is not None and params.n != 1:
+        raise ValueError(f"this gives one answer, not n={params.n}; generate takes n")

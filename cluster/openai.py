@@ -28,7 +28,10 @@ from cluster.template import ChatTemplateError
 from cluster.text import NoTokenizer, Text
 from workers.wire import Request, Sampling
 
-MAX_PROMPTS = 1024  # per completions request
+MAX_CHOICES = 1024  # of all prompts of a request
+MAX_N = 128
+MAX_BIASES = 300
+MOST_LIKELY = {"chat": 20, "completions": 5}  # tokens that come with each one
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 
@@ -55,6 +58,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
     return_token_ids: bool
     stop: tuple[str, ...]
+    include_stop: bool  # in the text
+    skip_control: bool  # control tokens are no text
+    echoes: tuple[str, ...]  # what the choices' texts begin with; empty: nothing
 
 
 def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
@@ -77,6 +83,8 @@ def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int,
                 param="prompt",
             )
         prompts.append(prompt)
+    if asked.echo and asked.logprobs is not None:
+        raise Refusal("echo=true does not go with logprobs: a prompt has none here", param="echo")
     return _call(f"cmpl-{id}", "completions", model, asked, prompts, asked.max_tokens, seed, now)
 
 
@@ -199,9 +207,9 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]
     several = [item for item in prompt if not isinstance(item, int)]
     if len({type(item) for item in prompt}) > 1:
         raise Refusal("prompt mixes texts, token ids and lists: send one kind", param="prompt")
-    if len(several) > MAX_PROMPTS:
+    if len(several) > MAX_CHOICES:
         raise Refusal(
-            f"{len(several)} prompts in one request; at most {MAX_PROMPTS} are taken",
+            f"{len(several)} prompts in one request; at most {MAX_CHOICES} are taken",
             param="prompt",
         )
     return several
@@ -336,22 +344,37 @@ def _call(
     if asked.stream_options is not None and not asked.stream:
         raise Refusal("stream_options needs stream=true", param="stream_options")
     stop = _stops(asked.stop)
-    requests = []
-    for at, prompt in enumerate(prompts):
-        name = id if len(prompts) == 1 else f"{id}-{at}"
+    if not 1 <= asked.n <= MAX_N or asked.n * len(prompts) > MAX_CHOICES:
+        raise Refusal(
+            f"n must be from 1 to {MAX_N}, and n times the prompts at most {MAX_CHOICES}; "
+            f"not {asked.n} with {len(prompts)}",
+            param="n",
+        )
+    single = asked.n * len(prompts) == 1
+    requests: list[Request] = []
+    for prompt in prompts:
         room = _room(model, len(prompt), limit, "messages" if kind == "chat" else "prompt")
         tokens = _given(limit, room if kind == "chat" else min(16, room))
-        requests.append(
-            Request(
-                id=name,
-                model=model.name,
-                prompt=prompt,
-                sampling=_sampling(model, asked, tokens, seed),
-                priority=asked.priority,
-                salt=asked.cache_salt,
+        sampling = _sampling(model, asked, tokens, seed)
+        for choice in range(asked.n):
+            requests.append(
+                Request(
+                    id=id if single else f"{id}-{len(requests)}",
+                    model=model.name,
+                    prompt=prompt,
+                    sampling=sampling,
+                    choice=choice,
+                    priority=asked.priority,
+                    salt=asked.cache_salt,
+                )
             )
-        )
     options = asked.stream_options or StreamOptions()
+    skip_control, echoes = True, list[str]()
+    if isinstance(asked, CompletionsBody):
+        skip_control = asked.skip_special_tokens
+        if asked.echo:
+            texts = [model.text.decode(prompt, skip_control) for prompt in prompts]
+            echoes = [text for text in texts for _ in range(asked.n)]
     return Call(
         id=id,
         kind=kind,
@@ -362,6 +385,9 @@ def _call(
         include_usage=options.include_usage,
         return_token_ids=asked.return_token_ids,
         stop=stop,
+        include_stop=asked.include_stop_str_in_output,
+        skip_control=skip_control,
+        echoes=tuple(echoes),
     )
 
 
@@ -388,11 +414,17 @@ def _sampling(model: Model, asked: CompletionsBody | ChatBody, limit: int, seed:
     temperature = _given(asked.temperature, defaults.temperature)
     top_p = _given(asked.top_p, defaults.top_p)
     top_k = _given(asked.top_k, defaults.top_k)
+    min_p = _given(asked.min_p, defaults.min_p)
+    repetition_penalty = _given(asked.repetition_penalty, defaults.repetition_penalty)
     seed = _given(asked.seed, seed)
     for name, value, low, high in (
         ("temperature", temperature, 0, 2),
         ("top_p", top_p, 0, 1),
         ("top_k", top_k, -1, (1 << 31) - 1),
+        ("min_p", min_p, 0, 1),
+        ("presence_penalty", asked.presence_penalty, -2, 2),
+        ("frequency_penalty", asked.frequency_penalty, -2, 2),
+        ("repetition_penalty", repetition_penalty, 0.01, 100),
         ("seed", seed, -(1 << 63), (1 << 63) - 1),
         ("min_tokens", asked.min_tokens, 0, limit),
         ("priority", asked.priority, -(1 << 31), (1 << 31) - 1),
@@ -415,7 +447,53 @@ def _sampling(model: Model, asked: CompletionsBody | ChatBody, limit: int, seed:
         min_tokens=asked.min_tokens,
         ignore_eos=asked.ignore_eos,
         stop_token_ids=tuple(asked.stop_token_ids),
+        min_p=min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=_biases(model, asked.logit_bias),
+        logprobs=_logprobs(model, asked),
     )
+
+
+def _biases(model: Model, asked: dict[str, float]) -> dict[int, float]:
+    if len(asked) > MAX_BIASES:
+        raise Refusal(
+            f"logit_bias has {len(asked)} tokens; at most {MAX_BIASES} are taken",
+            param="logit_bias",
+        )
+    biases = {}
+    for name, bias in asked.items():
+        token = int(name) if re.fullmatch("[0-9]{1,9}", name, re.ASCII) else -1
+        if not 0 <= token < model.vocab_size:
+            raise Refusal(
+                f"logit_bias names {_brief(name)}; token ids are from 0 to {model.vocab_size - 1}",
+                param="logit_bias",
+            )
+        if not -100 <= bias <= 100:
+            raise Refusal(
+                f"logit_bias of {token} must be from -100 to 100, not {bias}", param="logit_bias"
+            )
+        biases[token] = bias
+    return biases
+
+
+def _logprobs(model: Model, asked: CompletionsBody | ChatBody) -> int | None:
+    """How many likeliest tokens come with each token; None: no log probabilities."""
+    if isinstance(asked, CompletionsBody):
+        name, most, highest = "logprobs", asked.logprobs, MOST_LIKELY["completions"]
+    else:
+        name, most, highest = "top_logprobs", asked.top_logprobs, MOST_LIKELY["chat"]
+        if most and not asked.logprobs:
+            raise Refusal("top_logprobs needs logprobs=true", param="top_logprobs")
+        most = _given(most, 0) if asked.logprobs else None
+    if most is not None and not 0 <= most <= highest:
+        raise Refusal(f"{name} must be from 0 to {highest}, not {most}", param=name)
+    if most is not None and not model.text.has_tokenizer:
+        raise Refusal(
+            "logprobs are those of a text's tokens; this model has no tokenizer", param="logprobs"
+        )
+    return most
 
 
 def _stops(stop: str | list[str]) -> tuple[str, ...]:

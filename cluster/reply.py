@@ -7,16 +7,24 @@ sent. Here too text ends: stop strings are matched where text is, not in the eng
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from cluster.harmony import Delta, Plain, Splitter, splitter
+from cluster.harmony import Delta, Plain, Splitter, Token, splitter
+from cluster.logprobs import (
+    Attribution,
+    ChatLogprobs,
+    TextLogprobs,
+    chat_logprobs,
+    text_logprobs,
+)
 from cluster.openai import Call, Model, find
 from cluster.schema import Refusal, unavailable
 from cluster.text import StopStrings
-from workers.wire import Output, Request
+from workers.wire import Logprobs, Output, Request
 
 DONE = b"data: [DONE]\n\n"
 
@@ -44,7 +52,7 @@ class _ChatChoice(msgspec.Struct, gc=False):
     index: int
     delta: _Delta | UnsetType = UNSET  # in a stream
     message: _Delta | UnsetType = UNSET  # in a whole body
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType = UNSET
     token_ids: Sequence[int] | UnsetType = UNSET
@@ -53,7 +61,7 @@ class _ChatChoice(msgspec.Struct, gc=False):
 class _TextChoice(msgspec.Struct, gc=False):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType = UNSET
     token_ids: Sequence[int] | UnsetType = UNSET
@@ -89,19 +97,28 @@ class Choice:
     show; ``content``, ``reasoning`` and ``calls`` are their fold. Also used by ``LLM``.
     """
 
-    def __init__(self, request: Request, splitter: Splitter, stop: Sequence[str] = ()) -> None:
+    def __init__(self, call: Call, request: Request) -> None:
         self.request = request
         self.emitted: list[int] = []  # token ids, those that ended the answer included
         self.cached = 0  # prompt tokens taken from the prefix cache
         self.reason: str | None = None  # once finished: OpenAI's finish_reason
         self.stop_reason: str | int | None = None  # the stop string or stop token that ended it
         self.calls: list[tuple[str, list[str]]] = []  # (name, pieces of the arguments)
+        self.tokens: list[Token] = []  # tokens of the content, where log probabilities are asked
         self._texts: dict[str, list[str]] = {"content": [], "reasoning": []}
-        self._splitter = splitter
-        self._stop = StopStrings(stop)
-        self._watch = bool(stop)
+        text = call.model.text
+        self._splitter: Splitter
+        if call.kind == "chat":
+            self._splitter = splitter(text, request.prompt)
+        else:
+            self._splitter = Plain(text, call.skip_control)
+        self._stop = StopStrings(call.stop, call.include_stop)
+        self._watch = bool(call.stop)
+        self._attribution: Attribution | None = None
+        if request.sampling.logprobs is not None:
+            self._attribution = Attribution(text, self._splitter, call.skip_control)
         if request.emitted:
-            self._show(request.emitted)
+            self._show(request.emitted, ())
 
     @property
     def content(self) -> str:
@@ -128,9 +145,10 @@ class Choice:
         if output.offset == 0:
             self.cached = output.cached
         fresh = output.tokens[seen:] if seen else output.tokens
+        logprobs = (output.logprobs or ())[seen:]
         # The token that ends an answer counts, but has no text.
         ended = output.stop is not None and fresh[-1:] == [output.stop]
-        deltas = self._show(fresh[:-1] if ended else fresh)
+        deltas = self._show(fresh[:-1] if ended else fresh, logprobs)
         if self._stop.matched is None:
             if ended:
                 self.emitted.append(fresh[-1])
@@ -138,9 +156,17 @@ class Choice:
                 deltas += self._finish(output)
         return deltas
 
-    def _show(self, tokens: Sequence[int]) -> list[Delta]:
-        """Token by token where a stop string may end the answer at any of them."""
+    def _show(self, tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> list[Delta]:
+        """Token by token where a stop string may end the answer at any of them, or where each has
+        its log probabilities."""
         deltas: list[Delta] = []
+        if self._attribution is not None:
+            for token, of in zip_longest(tokens, logprobs[: len(tokens)]):
+                self.emitted.append(token)
+                deltas += self._speak(self._take(self._attribution.feed(token, of)))
+                if self._stop.matched is not None:
+                    break
+            return deltas
         for group in [[token] for token in tokens] if self._watch else [tokens]:
             self.emitted.extend(group)
             deltas += self._take(self._splitter.feed(group))
@@ -149,9 +175,10 @@ class Choice:
         return deltas
 
     def _finish(self, output: Output) -> list[Delta]:
-        deltas = self._take(self._splitter.finish())
+        source = self._attribution or self._splitter
+        deltas = self._take(source.finish())
         if self._stop.matched is not None:
-            return deltas
+            return self._speak(deltas)
         rest = self._stop.flush()
         if rest:
             deltas.append(Delta("content", rest))
@@ -159,6 +186,14 @@ class Choice:
         self.reason = "tool_calls" if self.calls and output.reason == "stop" else output.reason
         if output.stop in self.request.sampling.stop_token_ids:
             self.stop_reason = output.stop
+        return self._speak(deltas)
+
+    def _speak(self, deltas: list[Delta]) -> list[Delta]:
+        """The same with the tokens whose text they complete, where log probabilities are asked."""
+        if self._attribution is not None:
+            self._attribution.show(deltas)
+            for delta in deltas:
+                self.tokens += delta.tokens
         return deltas
 
     def _take(self, deltas: Sequence[Delta]) -> list[Delta]:
@@ -197,15 +232,7 @@ class Reply:
         self.done = False
         self.failure: Refusal | None = None
         self.aborts: list[str] = []
-        text = call.model.text
-        self.choices = {
-            request.id: Choice(
-                request,
-                splitter(text, request.prompt) if call.kind == "chat" else Plain(text),
-                call.stop,
-            )
-            for request in call.requests
-        }
+        self.choices = {request.id: Choice(call, request) for request in call.requests}
         self._index = {id: index for index, id in enumerate(self.choices)}
         self._opened: set[str] = set()
         self._object = "chat.completion" if call.kind == "chat" else "text_completion"
@@ -273,8 +300,12 @@ class Reply:
                     for at, (name, arguments) in enumerate(choice.calls)
                 ]
             out = _ChatChoice(index, message=message)
+            if choice.request.sampling.logprobs is not None:
+                out.logprobs = chat_logprobs(self.call.model.text, choice.tokens)
         else:
-            out = _TextChoice(index, choice.content)
+            out = _TextChoice(index, self._echo(index) + choice.content)
+            if choice.request.sampling.logprobs is not None:
+                out.logprobs = text_logprobs(self.call.model.text, choice.tokens)
             if self.call.return_token_ids:
                 out.prompt_token_ids = choice.request.prompt
         return self._ended(out, choice, choice.emitted)
@@ -289,9 +320,14 @@ class Reply:
         prompt = choice.request.prompt if opening and self.call.return_token_ids else UNSET
         if self.call.kind == "completions":
             text = "".join([delta.text for delta in deltas])
+            if opening:
+                text = self._echo(index) + text
             if not text and choice.reason is None and ids is UNSET:
                 return []
+            said = [token for delta in deltas for token in delta.tokens]
             out = _TextChoice(index, text, prompt_token_ids=prompt, token_ids=ids)
+            if said:
+                out.logprobs = text_logprobs(self.call.model.text, said)
             return [self._event([self._ended(out, choice, ids)])]
         events = []
         if opening:
@@ -299,6 +335,8 @@ class Reply:
             events.append(self._event([first], prompt=prompt))
         for delta in deltas:
             chunk = _ChatChoice(index, delta=self._delta(index, delta), token_ids=ids)
+            if delta.tokens:
+                chunk.logprobs = chat_logprobs(self.call.model.text, delta.tokens)
             ids = UNSET
             events.append(self._event([chunk]))
         if choice.reason is not None:
@@ -307,6 +345,9 @@ class Reply:
         elif ids is not UNSET:
             events.append(self._event([_ChatChoice(index, delta=_Delta(), token_ids=ids)]))
         return events
+
+    def _echo(self, index: int) -> str:
+        return self.call.echoes[index] if self.call.echoes else ""
 
     def _delta(self, index: int, delta: Delta) -> _Delta:
         if delta.kind == "content":
@@ -354,9 +395,11 @@ class Reply:
         return b"data: " + _encode(chunk) + b"\n\n"
 
     def _usage(self) -> _Usage:
-        prompt = sum(len(request.prompt) for request in self.call.requests)
+        # Of several choices the first one pays for the prompt; the others find it in the cache.
+        first = [choice for choice in self.choices.values() if choice.request.choice == 0]
+        prompt = sum(len(choice.request.prompt) for choice in first)
         answer = sum(len(choice.emitted) for choice in self.choices.values())
-        cached = sum(choice.cached for choice in self.choices.values())
+        cached = sum(choice.cached for choice in first)
         return _Usage(prompt, answer, prompt + answer, {"cached_tokens": cached})
 
 

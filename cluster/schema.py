@@ -19,25 +19,16 @@ IGNORED = {
 }
 # Refused unless null or one of these values, which mean what is done anyway.
 _LATER: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "structured_outputs": (),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "add_special_tokens": (True,),
 }
 _NEVER: dict[str, tuple[Any, ...]] = {"moderation": ()}
 LATER = {
-    "completions": _LATER | {"logprobs": (), "prompt_logprobs": (), "response_format": ()},
+    "completions": _LATER | {"prompt_logprobs": (), "response_format": ()},
     "chat": _LATER
     | {
         "add_special_tokens": (False,),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
+        "skip_special_tokens": (True,),
         "response_format": ({"type": "text"},),
         "parallel_tool_calls": (True,),
         "chat_template_kwargs": ({},),
@@ -46,7 +37,7 @@ LATER = {
     },
 }
 NEVER = {
-    "completions": _NEVER | {"best_of": (1,), "echo": (False,), "suffix": ("",)},
+    "completions": _NEVER | {"best_of": (1,), "suffix": ("",)},
     "chat": _NEVER
     | {
         "audio": (),
@@ -102,10 +93,17 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    n: int = 1
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] = {}
     stop: str | list[str] = []
     stop_token_ids: list[int] = []
     min_tokens: int = 0
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     priority: int = 0
     cache_salt: str = ""
@@ -113,6 +111,9 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class CompletionsBody(Body, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool = False
+    skip_special_tokens: bool = True
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -164,6 +165,8 @@ class Tool(msgspec.Struct, forbid_unknown_fields=True):
 class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
     tools: list[Tool] = []
     tool_choice: str | dict[str, Any] = "auto"
     reasoning_effort: str | None = None

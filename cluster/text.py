@@ -34,6 +34,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class Text:
@@ -54,6 +56,8 @@ class Text:
             else float(_first(generation.get("temperature"), 1.0)),
             top_p=float(_first(generation.get("top_p"), 1.0)),
             top_k=max(0, int(_first(generation.get("top_k"), 0))),
+            min_p=float(_first(generation.get("min_p"), 0.0)),
+            repetition_penalty=float(_first(generation.get("repetition_penalty"), 1.0)),
         )
         self.control: dict[str, int] = {}  # control token -> id
         self.longest = 1  # characters of the longest token
@@ -104,6 +108,10 @@ class Text:
         return list(self._private.encode(text, add_special_tokens=False).ids)
 
     @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
     def has_chat_template(self) -> bool:
         return "default" in self._templates
 
@@ -149,6 +157,15 @@ class Text:
                 "token ids to /v1/completions"
             )
         return self._tokenizer
+
+    def piece(self, token: int) -> bytes:
+        """UTF-8 bytes of one token's text on its own; of a control token those of its name."""
+        if self._tokenizer is None or self._byte_level:
+            return self._piece(token)
+        name = self._tokenizer.id_to_token(token) or ""
+        if _BYTE_TOKEN.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        return name.replace(SPACE, " ").encode()
 
     def _piece(self, token: int) -> bytes:
         """UTF-8 bytes of one token of a byte-level vocabulary."""
@@ -228,14 +245,15 @@ class Detokenizer:
 class StopStrings:
     """Ends a text at the first moment it contains one of ``stops``.
 
-    Text before the stop string is passed on, except a tail that may still become one. Where several
+    Text before the stop string is passed on, except a tail that may still become one; with
+    ``include`` the stop string, too. Where several
     stop strings end at the same character the longest counts. The result does not depend on how
     the text is cut into deltas.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), include: bool = False) -> None:
         assert all(stops), "an empty stop string would match everywhere"
-        self._stops = tuple(stops)
+        self._stops, self._include = tuple(stops), include
         self._held = ""
         self.matched: str | None = None
 
@@ -248,9 +266,9 @@ class StopStrings:
         text = self._held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            _, at, self.matched = min(found)
+            end, at, self.matched = min(found)
             self._held = ""
-            return text[:at]
+            return text[: end if self._include else at]
         held = max(map(self._overlap, self._stops, [text] * len(self._stops)))
         cut = len(text) - held
         self._held = text[cut:]
@@ -332,3 +350,4 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+SPACE = "\u2581"  # how other vocabularies write it

@@ -13,7 +13,7 @@ from workers.engine import Steps
 from workers.rank import Rank
 from workers.runner import Runner
 from workers.scheduler import Scheduler
-from workers.wire import Output, Request, Sampling
+from workers.wire import Logprobs, Output, Request, Sampling
 
 
 class Engine:
@@ -32,10 +32,12 @@ class Engine:
         self.runner: Runner = self.rank.allocate(self.plan)
         self.model = self.runner._model
         self.scheduler: Scheduler = self.rank.scheduler(self.plan)
+        self.logprobs: dict[str, list[Logprobs]] = {}  # what the last ``generate`` has given
 
     def generate(self, requests: Sequence[Request]) -> dict[str, list[int]]:
         """Run all requests, sent at once; tokens by id."""
         tokens: dict[str, list[int]] = {request.id: list(request.emitted) for request in requests}
+        self.logprobs = {request.id: [] for request in requests}
         for request in requests:
             for output in self.scheduler.add(request, 0.0):
                 raise ValueError(output.detail)
@@ -44,6 +46,7 @@ class Engine:
             for output in steps.next():
                 assert output.offset == len(tokens[output.id]), "a gap or a repeat"
                 tokens[output.id] += output.tokens
+                self.logprobs[output.id] += output.logprobs or ()
         self.scheduler.check()
         return tokens
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.oracle import U64, attend, embed, layers, mask, mix, sample
 from workers.config import KVConfig, SchedulerConfig
 from workers.device import Staging
-from workers.wire import Batch, Join, StepResult
+from workers.wire import Batch, Join, Logprobs, StepResult
 
 Ints = npt.NDArray[np.int64]
 
@@ -48,6 +48,12 @@ class Replaying:
             compute()
 
         return replay
+
+
+def fake_logprobs(token: int, position: int, most: int) -> Logprobs:
+    """What a FakeRunner gives with a token."""
+    likeliest = [*range(token, token + most)]
+    return Logprobs(-1.0 - token - position / 1000, likeliest, [-float(i) for i in likeliest])
 
 
 class FakeRunner:
@@ -106,14 +112,17 @@ class FakeRunner:
                 keys = self.cells[layer, *self._places(group, row.slot, context)]
                 hidden[i] = attend(hidden[i], keys, context, seen)
         tokens = []
+        logprobs = {}
         for row, x in zip(rows, hidden, strict=True):
             if row.sample:
                 join = self.joins[row.slot]
                 end = row.start + row.count
                 token = sample(int(x[-1]), join.sampling, join.choice, end, self.vocab)
                 self.last[row.slot] = token
+                if join.sampling.logprobs is not None:
+                    logprobs[len(tokens)] = fake_logprobs(token, end, join.sampling.logprobs)
                 tokens.append(token)
-        self._results.append(StepResult(batch.step, tokens))
+        self._results.append(StepResult(batch.step, tokens, logprobs=logprobs))
         return batch.step
 
     def _places(self, group: int, slot: int, positions: U64) -> tuple[Ints, Ints]:

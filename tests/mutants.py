@@ -302,6 +302,27 @@ MUTANTS = (
     ),
     # Reading.
     Mutant(
+        "workers/sampler.py",
+        ".log_softmax(-1, dtype=torch.float32)",
+        ".log_softmax(-1).float()",
+        "tests/test_logprobs.py::test_many_rows_are_computed_in_parts",
+        "log probabilities in bf16",
+    ),
+    Mutant(
+        "workers/runner.py",
+        "self._sampler.logprobs(logits, slots, tokens)",
+        "self._sampler.logprobs(self._sampler._adjusted(logits, slots, slots), slots, tokens)",
+        "tests/test_logprobs.py::test_they_are_those_of_the_models_own_logits",
+        "log probabilities of what sampling has changed",
+    ),
+    Mutant(
+        "workers/scheduler.py",
+        "and hashes[hit] in filling:",
+        "and False:",
+        "tests/test_scheduler.py::test_choices_of_one_prompt_compute_it_once[48-1]",
+        "choices of one prompt that each compute it",
+    ),
+    Mutant(
         "workers/weights.py",
         "if first < 0 or 8 + length + last > size:",
         "if first < 0:",

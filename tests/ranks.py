@@ -14,14 +14,15 @@ from torch import distributed as dist
 
 from parallelism.group import Group
 from tests.engines import Engine
-from workers.wire import Load, Request
+from workers.wire import Load, Logprobs, Request
 
 Job = tuple[Path, dict[str, Any], Sequence[Request]]
-Answer = tuple[dict[str, list[int]], Load]
+Answer = tuple[dict[str, list[int]], Load, dict[str, list[Logprobs]]]
 
 
 def generate(world: int, jobs: Sequence[Job]) -> list[Answer]:
-    """Run every job on ``world`` ranks; rank 0's tokens and load. All ranks plan alike here."""
+    """Run every job on ``world`` ranks; rank 0's tokens, load and log probabilities. All ranks plan
+    alike here."""
     context = mp.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
     ours, theirs = context.Pipe()
@@ -57,7 +58,7 @@ def _rank(rank: int, world: int, port: int, jobs: Sequence[Job], answers: Connec
             engine = Engine(directory, rank, prefix, tensor_parallel_size=world, **spec)
             tokens = engine.generate(requests)
             if rank == 0:
-                answers.send((tokens, engine.scheduler.load()))
+                answers.send((tokens, engine.scheduler.load(), engine.logprobs))
             engine.leave()
     except Exception:
         traceback.print_exc()

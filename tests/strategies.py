@@ -64,6 +64,7 @@ def samplings() -> st.SearchStrategy[Sampling]:
         min_tokens=st.sampled_from([0, 0, 3]),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (), (3,), (2, 5)]),
+        logprobs=st.sampled_from([None, None, 0, 2]),
     )
 
 

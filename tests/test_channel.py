@@ -11,7 +11,7 @@ import pytest
 
 from workers import channel
 from workers.channel import Beat, ChannelClosed, ChannelServer, Link, Submit, encode
-from workers.wire import Engine, Load, Output, Request, Sampling
+from workers.wire import Engine, Load, Logprobs, Output, Request, Sampling
 
 KEY = b"the key of this service"
 ENGINE = Engine("s", "m", "replica")
@@ -207,6 +207,10 @@ def test_an_engine_must_prove_itself_too() -> None:
     run(work)
 
 
+def likely(*tokens: int) -> list[Logprobs]:
+    return [Logprobs(-float(token), [token], [-0.5]) for token in tokens]
+
+
 def test_a_broken_connection_loses_and_repeats_nothing() -> None:
     async def work() -> None:
         async with serving() as fake:
@@ -216,18 +220,23 @@ def test_a_broken_connection_loses_and_repeats_nothing() -> None:
                 for id in ("goes on", "ends", "is dropped"):
                     client.link.submit(request(id), client.receive)
                 await fake.until(lambda: len(fake.requests) == 3)
-                fake.server.publish([Output(id, 0, 0, [1, 2]) for id in fake.requests])
+                fake.server.publish(
+                    [Output(id, 0, 0, [1, 2], logprobs=likely(1, 2)) for id in fake.requests]
+                )
                 await client.until(lambda: len(client.outputs) == 3)
                 proxy.cut()
                 client.link.abort("is dropped")  # cannot be told now
-                fake.server.publish([Output("goes on", 0, 2, [3])])
-                fake.server.publish([Output("ends", 0, 2, [3], "stop", stop=3)])
+                fake.server.publish([Output("goes on", 0, 2, [3], logprobs=likely(3))])
+                fake.server.publish([Output("ends", 0, 2, [3], "stop", stop=3, logprobs=likely(3))])
                 await client.until(lambda: client.outputs["ends"][-1].reason is not None)
                 assert client.outputs["ends"][-1].stop == 3
-                fake.server.publish([Output("goes on", 0, 3, [4], "length")])
+                fake.server.publish([Output("goes on", 0, 3, [4], "length", logprobs=likely(4))])
                 await client.until(lambda: client.outputs["goes on"][-1].reason is not None)
                 assert client.tokens("goes on") == [1, 2, 3, 4]
                 assert client.tokens("ends") == [1, 2, 3]
+                for outputs in client.outputs.values():
+                    for output in outputs:
+                        assert output.logprobs == (likely(*output.tokens) or None)
                 await fake.until(lambda: "is dropped" in fake.aborted)
                 assert proxy.connections == 2
             await proxy.close()

@@ -114,6 +114,46 @@ def test_streams_give_the_same_text_and_may_be_left(tiny_oss: LLM) -> None:
     assert load.free == load.blocks
 
 
+def test_choices_and_log_probabilities(tiny_oss: LLM) -> None:
+    how: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "seed": 7, "logprobs": 5}
+    asked = ["What is 17 + 25? Answer in words, please", "Spell"]
+    answers = tiny_oss.generate(asked, SamplingParams(n=3, **how))
+    ids = [answer.token_ids for answer in answers]
+    assert len(ids) == 6
+    assert len({*map(tuple, ids)}) > 3, "choices of one prompt differ"
+    assert ids == [a.token_ids for a in tiny_oss.generate(asked, SamplingParams(n=3, **how))]
+    first = tiny_oss.generate(asked, SamplingParams(**how))
+    assert [answer.token_ids for answer in first] == ids[::3], "the first is what it is alone"
+    for answer in answers:
+        assert answer.tokens
+        assert [token.logprobs.values for token in answer.tokens] == [
+            sorted(token.logprobs.values, reverse=True) for token in answer.tokens
+        ]
+    greedy = tiny_oss.generate("Spell", SamplingParams(n=4, temperature=0))
+    assert len({tuple(answer.token_ids) for answer in greedy}) == 1
+    messages = [{"role": "user", "content": "Spell the word cat."}]
+    answer = tiny_oss.chat(messages, SamplingParams(logprobs=2))
+    text = tiny_oss._model.text
+    assert "".join(text.decode([token.id]) for token in answer.tokens) == answer.text == "c-a-t"
+    deltas = [*tiny_oss.stream(messages, SamplingParams(logprobs=2))]
+    assert [token for delta in deltas for token in delta.tokens] == answer.tokens
+    with pytest.raises(ValueError, match="n=2"):
+        tiny_oss.chat(messages, SamplingParams(n=2))
+
+
+def test_penalties_and_biases_reach_the_model(tiny_oss: LLM) -> None:
+    def tokens(**how: Any) -> list[int]:
+        params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, **how)
+        return tiny_oss.generate("a a a a a a a a", params)[0].token_ids
+
+    plain = tokens()
+    assert tokens(logit_bias={plain[0]: -100})[0] != plain[0]
+    assert tokens(logit_bias={9: 100}) == [9] * 30
+    assert len({*tokens(frequency_penalty=2, presence_penalty=2)}) > len({*plain})
+    assert tokens(repetition_penalty=3) != plain
+    assert tokens(min_p=1) == plain
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "moeray", *arguments],

@@ -40,7 +40,9 @@ def text(kind: str = "harmony") -> Text:
         if kind == "harmony":
             template = vocabularies.HARMONY_TEMPLATE
             vocabularies.save(path, vocabularies.byte_level(), template)
-        (path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+        (path / "generation_config.json").write_text(
+            '{"temperature": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.25}'
+        )
         return Text(path)
 
 
@@ -96,6 +98,8 @@ def test_what_a_silent_request_gets() -> None:
     call = complete()
     sampling = call.requests[0].sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_k) == (16, 0.5, 7)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.logprobs) == (0.1, 1.25, None)
+    assert not any((sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias))
     assert (sampling.top_p, sampling.seed, call.stream, call.stop) == (1.0, 11, False, ())
     chat = ask()
     room = 512 - len(chat.requests[0].prompt)
@@ -108,7 +112,9 @@ def test_every_field_arrives() -> None:
         model="tiny", max_completion_tokens=9, temperature=0, top_p=0.5, top_k=-1, seed=-1,
         stop="x", stop_token_ids=[4], min_tokens=2, ignore_eos=True, return_token_ids=True,
         priority=-3, cache_salt="s", stream=True, stream_options={"include_usage": True},
-        reasoning_effort="high", user="u", store=True, n=1, logprobs=False,
+        reasoning_effort="high", user="u", store=True, n=1, logprobs=True, top_logprobs=20,
+        presence_penalty=-2, frequency_penalty=1.5, repetition_penalty=1, min_p=0.25,
+        logit_bias={"431": -100, "0": 2.5}, include_stop_str_in_output=True,
         tools=[{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}],
     )  # fmt: skip
     request = call.requests[0]
@@ -116,7 +122,11 @@ def test_every_field_arrives() -> None:
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (9, 0.0, 0.5)
     assert (sampling.top_k, sampling.seed, sampling.min_tokens) == (0, (1 << 63) - 1, 2)
     assert (sampling.ignore_eos, sampling.stop_token_ids, call.stop) == (True, (4,), ("x",))
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2, 1.5)
+    assert (sampling.repetition_penalty, sampling.min_p, sampling.logprobs) == (1, 0.25, 20)
+    assert sampling.logit_bias == {431: -100, 0: 2.5}
     assert (request.priority, request.salt, call.return_token_ids) == (-3, "s", True)
+    assert (call.include_stop, call.skip_control, call.echoes) == (True, True, ())
     assert call.stream
     assert call.include_usage
     shown = text().decode(request.prompt, False)
@@ -191,6 +201,28 @@ def test_fields_not_served_are_refused_by_name_unless_neutral(kind: str) -> None
         ("chat", {"top_k": 1 << 31}, "top_k", "from"),
         ("chat", {"seed": 1 << 70}, "seed", "from"),
         ("chat", {"seed": True}, "seed", "int"),
+        ("chat", {"n": 0}, "n", "from 1 to 128"),
+        ("chat", {"n": 129}, "n", "from 1 to 128"),
+        ("chat", {"n": True}, "n", "int"),
+        ("completions", {"n": 103, "prompt": ["a"] * 10}, "n", "at most 1024"),
+        ("chat", {"min_p": 1.01}, "min_p", "from 0 to 1"),
+        ("chat", {"presence_penalty": 2.1}, "presence_penalty", "from -2 to 2"),
+        ("chat", {"frequency_penalty": -2.1}, "frequency_penalty", "from -2 to 2"),
+        ("chat", {"repetition_penalty": 0}, "repetition_penalty", "from 0.01"),
+        ("chat", {"logit_bias": {"432": 1}}, "logit_bias", "432"),
+        ("chat", {"logit_bias": {"-1": 1}}, "logit_bias", "-1"),
+        ("chat", {"logit_bias": {"hello": 1}}, "logit_bias", "hello"),
+        ("chat", {"logit_bias": {"9" * 5000: 1}}, "logit_bias", "..."),
+        ("chat", {"logit_bias": {"١": 1}}, "logit_bias", "from 0 to 431"),
+        ("chat", {"logit_bias": {"3": 100.5}}, "logit_bias", "from -100 to 100"),
+        ("chat", {"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300"),
+        ("chat", {"logit_bias": [1]}, "logit_bias", "object"),
+        ("chat", {"logprobs": 3}, "logprobs", "bool"),
+        ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+        ("chat", {"top_logprobs": 1}, "top_logprobs", "needs logprobs"),
+        ("completions", {"logprobs": 6}, "logprobs", "from 0 to 5"),
+        ("completions", {"logprobs": True}, "logprobs", "int"),
+        ("completions", {"logprobs": 0, "echo": True}, "echo", "logprobs"),
         ("chat", {"max_tokens": 0}, "max_tokens", "at least 1"),
         ("chat", {"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens", "both"),
         ("chat", {"min_tokens": 5, "max_tokens": 4}, "min_tokens", "from 0 to 4"),
@@ -523,6 +555,69 @@ def test_several_prompts_share_an_answer() -> None:
     assert events(answer.feed(Output(third, 0, 1, a, "length")))[-1] == "data: [DONE]"
     assert answer.done
     assert [c.reason for c in answer.choices.values()] == ["length", "stop", "length"]
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_choices_differ_by_their_number_alone(kind: str) -> None:
+    prompts = 1 if kind == "chat" else 2
+    fields: dict[str, Any] = {} if kind == "chat" else {"prompt": [[1, 2], [3]]}
+    call = (ask if kind == "chat" else complete)(n=3, return_token_ids=True, **fields)
+    alone = (ask if kind == "chat" else complete)(return_token_ids=True, **fields).requests
+    found = [
+        (tuple(r.prompt), r.choice, msgspec.structs.replace(r, id="", choice=0))
+        for r in call.requests
+    ]
+    assert found == [
+        (tuple(one.prompt), choice, msgspec.structs.replace(one, id=""))
+        for one in alone
+        for choice in range(3)
+    ]
+    assert len({request.id for request in call.requests}) == 3 * prompts
+    tokens = [*ids(SAYING + "hello <|return|>" if kind == "chat" else "hello ")]
+    answer, stream = Reply(call), Reply(msgspec.structs.replace(call, stream=True))
+    streamed: dict[int, list[int]] = {}
+    for at, request in reversed([*enumerate(call.requests)]):
+        mine = [*tokens, 100 + at]
+        output = Output(request.id, 0, 0, mine, "length", cached=0 if request.choice == 0 else 1)
+        answer.feed(output)
+        for event in events(stream.feed(output)):
+            for choice in [] if event == "data: [DONE]" else event["choices"]:
+                streamed.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
+    body = json.loads(answer.body())
+    assert [choice["index"] for choice in body["choices"]] == [*range(3 * prompts)]
+    for at, choice in enumerate(body["choices"]):
+        assert choice["token_ids"] == streamed[at] == [*tokens, 100 + at]
+    usage = body["usage"]
+    assert usage["prompt_tokens"] == sum(len(one.prompt) for one in alone), "once for each prompt"
+    assert usage["completion_tokens"] == 3 * prompts * (len(tokens) + 1)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_comes_before_the_text(stream: bool) -> None:
+    prompts = [[*ids("say<|end|>")], ids("hello ")]
+    for skip, said in ((True, "say"), (False, "say<|end|>")):
+        call = complete(prompt=prompts, echo=True, n=2, stream=stream, skip_special_tokens=skip)
+        answer = Reply(call)
+        texts = [""] * 4
+        for request in call.requests:
+            raw = answer.feed(Output(request.id, 0, 0, ids("wor")))
+            raw += answer.feed(Output(request.id, 0, len(ids("wor")), ids("ld"), "length"))
+            for event in events(raw)[: None if request is not call.requests[-1] else -1]:
+                texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+        if not stream:
+            texts = [choice["text"] for choice in json.loads(answer.body())["choices"]]
+        assert texts == [said + "world", said + "world", "hello world", "hello world"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts=st.lists(st.integers(0, 30), max_size=12), stop=st.sampled_from(["lo w", "d", "x"]))
+def test_a_stop_string_may_be_shown(cuts: list[int], stop: str) -> None:
+    made = outputs("cmpl-1", ids("hello world"), cuts, "length")
+    answer, _ = run(complete(stop=[stop, "o w"], include_stop_str_in_output=True), made)
+    choice = json.loads(answer.body())["choices"][0]
+    assert choice["text"] == "hello w"
+    assert choice["stop_reason"] == ("lo w" if stop == "lo w" else "o w")
 
 
 def test_an_engines_failure_ends_a_stream_with_an_error() -> None:

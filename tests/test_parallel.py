@@ -53,7 +53,7 @@ def test_tokens_equal_those_of_one_process(world: int, tmp_path: Path) -> None:
         for ep in (False, True)
     ]
     expected = {directory: Engine(directory).generate(requests()) for directory in forms}
-    for (directory, spec, _), (tokens, load) in zip(jobs, generate(world, jobs), strict=True):
+    for (directory, spec, _), (tokens, load, _) in zip(jobs, generate(world, jobs), strict=True):
         assert_same(directory, tokens, expected[directory])
         assert len(load.expert_calls) == world
         assert min(load.expert_calls) > 0

@@ -20,9 +20,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.fakes import FakeRunner
+from tests.fakes import FakeRunner, fake_logprobs
 from tests.oracle import generate, visible
 from tests.strategies import (
+    FULL,
     VOCAB,
     kv_configs,
     requests,
@@ -30,7 +31,8 @@ from tests.strategies import (
     scheduler_configs,
 )
 from workers.blocks import prefix_hashes, prefix_root
-from workers.config import KVConfig, SchedulerConfig
+from workers.config import KVConfig, KVGroup, SchedulerConfig
+from workers.engine import Steps
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence
 from workers.wire import Batch, Output, Request, Sampling
@@ -63,6 +65,9 @@ def state(value: Any) -> Any:
     return deepcopy(value)
 
 
+Prefix = tuple[str | int, ...]  # a salt, and the tokens up to a page's end
+
+
 class Client:
     """What an ingress sees of one request."""
 
@@ -75,6 +80,12 @@ class Client:
         assert self.end is None, f"{output} after the end"
         assert output.epoch == self.request.epoch
         assert output.offset == len(self.tokens), f"gap or repeat: {output}"
+        most, end = self.request.sampling.logprobs, len(self.request.prompt) + output.offset
+        assert output.logprobs == (
+            None
+            if most is None or not output.tokens
+            else [fake_logprobs(token, end + i, most) for i, token in enumerate(output.tokens)]
+        )
         self.tokens += output.tokens
         if output.reason:
             self.end = output
@@ -87,6 +98,7 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.clients: dict[str, Client] = {}
         self.flying: deque[tuple[Batch, int]] = deque()
+        self.filling: deque[set[Prefix]] = deque()  # what the steps in flight fill
         self.now = 0.0
 
     @initialize(kv=kv_configs(), config=scheduler_configs())
@@ -164,15 +176,51 @@ class Traffic(RuleBasedStateMachine):
     def check_batch(self, batch: Batch) -> None:
         rows = list(batch.rows())
         assert sum(row.count for row in rows) <= self.config.max_num_batched_tokens
+        self.check_prefixes(batch)
         if not self.flying and not rows:
             # Nothing is in flight that could come to its aid: then nothing may be able to run.
             assert not self.scheduler.load().running
             assert all(c.end or c.request.waits for c in self.clients.values())
 
+    def check_prefixes(self, batch: Batch) -> None:
+        """Nobody who comes in computes a page that a step in flight fills, or that a better one
+        is about to."""
+        size = self.kv.block_size
+
+        def pages(slot: int, first: int, end: int) -> set[Prefix]:
+            seq = self.scheduler._slots[slot]
+            assert seq is not None
+            salt = self.clients[seq.id].request.salt
+            return {(salt, *seq.tokens[: (p + 1) * size]) for p in range(first, end)}
+
+        chunks = [(row, self.scheduler._slots[row.slot]) for row in batch.rows() if row.tokens]
+        joined = {join.slot for join in batch.joins}
+        for row, seq in chunks:
+            assert seq is not None
+            page = row.start // size
+            if row.slot not in joined or page >= (len(seq.tokens) - 1) // size:
+                continue
+            (mine,) = pages(row.slot, page, page + 1)
+            ahead = [
+                pages(other.slot, other.start // size, len(better.tokens) // size)
+                for other, better in chunks
+                if better is not None and better.order < seq.order
+            ]
+            if self.kv.prefix_caching:
+                assert mine not in set().union(*self.filling, *ahead)
+        self.filling.append(
+            {
+                page
+                for row, _ in chunks
+                for page in pages(row.slot, row.start // size, (row.start + row.count) // size)
+            }
+        )
+
     @precondition(lambda self: self.flying)
     @rule()
     def commit(self) -> None:
         batch, handle = self.flying.popleft()
+        self.filling.popleft()
         self.receive(self.scheduler.commit(batch, self.runner.collect(handle), self.now))
 
     @rule(steps=st.integers(1, 12), depth=st.integers(1, 2))
@@ -247,6 +295,51 @@ class Traffic(RuleBasedStateMachine):
             assert client.tokens == tokens[: len(client.tokens)]
         else:
             assert (client.tokens, end.reason, end.stop) == (tokens, reason, stop)
+
+
+def run_siblings(ahead: int, prompt: int, salts: list[str]) -> tuple[Scheduler, int, list[str]]:
+    """Choices of one prompt sent at once, and a stranger behind them; prompt tokens computed, and
+    the order in which first tokens came."""
+    config = SchedulerConfig(
+        max_num_seqs=10, max_num_batched_tokens=64, max_model_len=400, eos_token_ids=()
+    )
+    kv = KVConfig((FULL, KVGroup("window", (0,), 64, 9)), num_blocks=400, block_size=4)
+    scheduler, runner = Scheduler(config, kv), FakeRunner(config, kv, VOCAB, ahead)
+    how = Sampling(max_tokens=5, seed=3)
+    tokens = [1 + i % 5 for i in range(prompt)]
+    clients = {}
+    for choice, salt in enumerate(salts):
+        request = Request(
+            id=f"r{choice}", model="m", prompt=tokens, sampling=how, choice=choice, salt=salt
+        )
+        clients[request.id] = Client(request)
+    clients["s"] = Client(Request(id="s", model="m", prompt=[6, 6, 6], sampling=how))
+    for client in clients.values():
+        assert scheduler.add(client.request, 0.0) == []
+    batches: list[Batch] = []
+    steps, first = Steps(scheduler, runner, batches.append), []
+    for _ in range(200):
+        for output in steps.next() if scheduler.has_work() else []:
+            clients[output.id].receive(output)
+            if output.offset == 0:
+                first.append(output.id)
+    for client in clients.values():
+        assert client.tokens == generate(client.request, config, kv.groups, VOCAB)[0]
+    computed = sum(row.count for batch in batches for row in batch.rows() if row.tokens)
+    return scheduler, computed, first
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("prompt", [48, 50, 150])
+def test_choices_of_one_prompt_compute_it_once(ahead: int, prompt: int) -> None:
+    """But for the tokens after its last full page, or that page where nothing follows it."""
+    scheduler, computed, first = run_siblings(ahead, prompt, [""] * 8)
+    own = prompt % 4 or 4
+    assert computed == prompt + 7 * own + 3
+    assert scheduler.load().prefix_hits == 7 * (prompt - own)
+    assert first == [*(f"r{i}" for i in range(8)), "s"], "who waits is not overtaken"
+    _, strangers, _ = run_siblings(ahead, prompt, list("abcdefgh"))
+    assert strangers == 8 * prompt + 3
 
 
 def run_machine(examples: int, steps: int, phases: tuple[Phase, ...]) -> None:

@@ -58,6 +58,63 @@ def test_a_stream_adds_up_to_the_whole(client: OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in several) == one.choices[0].text
 
 
+def test_choices_share_the_prompt(service: Service, client: OpenAI) -> None:
+    """Through the official client, whole and streamed; seven find what the first has computed."""
+    words = " ".join(f"word{i}" for i in range(60))
+    how: dict[str, Any] = {"model": "tiny-oss", "max_tokens": 8, "seed": 3, "temperature": 1.2}
+    hits = service.metric("moeray_prefix_cache_hits_total")
+    whole = client.completions.create(prompt=words, n=8, logprobs=2, **how)
+    assert [choice.index for choice in whole.choices] == [*range(8)]
+    assert len({choice.text for choice in whole.choices}) > 1
+    assert whole.usage is not None
+    prompt = whole.usage.prompt_tokens
+    found = service.metric("moeray_prefix_cache_hits_total") - hits
+    assert found == 7 * ((prompt - 1) // 16 * 16)
+    texts = [""] * 8
+    logprobs: list[list[float]] = [[] for _ in texts]
+    for chunk in client.completions.create(prompt=words, n=8, logprobs=2, stream=True, **how):
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.text
+        if choice.logprobs is not None:
+            logprobs[choice.index] += choice.logprobs.token_logprobs or []
+    assert texts == [choice.text for choice in whole.choices]
+    for choice, streamed in zip(whole.choices, logprobs, strict=True):
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs == streamed
+        assert "".join(choice.logprobs.tokens or []) == choice.text
+    alone = client.completions.create(prompt=words, **how)
+    assert alone.choices[0].text == texts[0]
+
+
+def test_log_probabilities_and_penalties(client: OpenAI) -> None:
+    how: dict[str, Any] = {"model": "tiny-oss", "messages": QUESTION, "temperature": 0}
+    whole = client.chat.completions.create(logprobs=True, top_logprobs=3, n=2, **how)
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        content = choice.logprobs.content
+        assert content
+        assert b"".join(bytes(token.bytes or []) for token in content) == b"42"
+        for token in content:
+            assert -0.5 < token.logprob <= 0
+            assert token.top_logprobs[0].token == token.token
+            assert len(token.top_logprobs) == 3
+    stream = client.chat.completions.create(logprobs=True, top_logprobs=3, stream=True, **how)
+    pieces = [chunk.choices[0].logprobs for chunk in stream]
+    assert [t for p in pieces if p for t in p.content or []] == content
+    assert client.chat.completions.create(**how).choices[0].logprobs is None
+    (banned,) = {token.top_logprobs[0].token for token in content[:1]}
+    ids = httpx.post(
+        f"{client.base_url}completions",
+        json={"prompt": banned, "max_tokens": 1, "return_token_ids": True},
+        timeout=DEADLINE,
+    ).json()["choices"][0]["prompt_token_ids"]
+    biased = client.chat.completions.create(
+        logit_bias={ids[-1]: -100}, max_completion_tokens=40,
+        presence_penalty=0.1, frequency_penalty=0.1, **how,
+    )  # fmt: skip
+    assert biased.choices[0].message.content != "42"
+
+
 def test_many_at_once_get_what_each_gets_alone(service: Service) -> None:
     """More than there are slots, through a pool that they overflow."""
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from workers.wire import Abort, Engine, Load, Output, Outputs, Request
+from workers.wire import Abort, Engine, Load, Logprobs, Output, Outputs, Request
 
 BEAT = 1.0  # seconds between heartbeats, both ways
 SILENCE = 5.0  # seconds without a frame after which the other side is taken for dead
@@ -110,12 +110,13 @@ def prove(key: bytes, role: bytes, challenge: bytes, own: bytes) -> bytes:
 class _Lease:
     """A request's outputs as the engine has given them, kept for an ingress that comes back."""
 
-    __slots__ = ("cached", "end", "ended", "epoch", "first", "ingress", "tokens")
+    __slots__ = ("cached", "end", "ended", "epoch", "first", "ingress", "logprobs", "tokens")
 
     def __init__(self, ingress: str, request: Request) -> None:
         self.ingress, self.epoch = ingress, request.epoch
         self.first = len(request.emitted)  # offset of tokens[0]
         self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []  # of all tokens, or none
         self.cached = 0
         self.end: Output | None = None
         self.ended = 0.0
@@ -186,6 +187,7 @@ class ChannelServer:
             if output.cached:
                 lease.cached = output.cached
             lease.tokens += output.tokens
+            lease.logprobs += output.logprobs or ()
             if output.reason is not None:
                 lease.end, lease.ended = output, time.monotonic()
             shares.setdefault(lease.ingress, []).append(output)
@@ -264,6 +266,7 @@ class ChannelServer:
         else:
             rest = lease.tokens[seen - lease.first :]
             missed = Output(id, lease.epoch, seen, rest, cached=lease.cached)
+            missed.logprobs = lease.logprobs[seen - lease.first :] or None
             if lease.end is not None:
                 end = lease.end
                 missed.reason, missed.detail, missed.stop = end.reason, end.detail, end.stop

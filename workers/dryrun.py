@@ -35,6 +35,7 @@ from workers.capacity import default_batched_tokens
 from workers.config import KVConfig, ModelSpec
 from workers.kvcache import KVCache
 from workers.model import Decoder
+from workers.sampler import log_softmax
 
 CUDA = torch.device("cuda", 0)
 
@@ -146,7 +147,8 @@ class Dry:
         return Step(launches, self.group.seen, logits, experts)
 
     def sample(self, logits: Tensor) -> list[Launch]:
-        """What choosing tokens launches: greedy, drawn, filtered, with penalties and biases."""
+        """What choosing tokens launches: greedy, drawn, filtered, with penalties and biases.
+        Raises HostWait, also for what log probabilities do."""
         launches: list[Launch] = []
         ops, rows = self.model.ops, len(logits)
         with (
@@ -166,7 +168,8 @@ class Dry:
                 for filtered in (False, True):
                     keys = torch.empty(rows, 2, dtype=torch.int32, device=CUDA)
                     rest = (floats[0], columns[6], floats[1], floats[2], keys)
-                    ops.sample(scores, Draws(*rest, None, True, filtered))
+                    tokens = ops.sample(scores, Draws(*rest, None, True, filtered))
+            log_softmax(logits, lines, tokens, 20)
         return launches
 
 

@@ -24,8 +24,8 @@ from workers.config import KVGroup, SchedulerConfig
 from workers.device import Device
 from workers.kvcache import KVCache
 from workers.model import Decoder
-from workers.sampler import Sampler
-from workers.wire import Batch, Join, Sampling, StepResult
+from workers.sampler import Sampler, read_logprobs
+from workers.wire import Batch, Join, Logprobs, Sampling, StepResult
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -49,6 +49,7 @@ class Launched:
     step: int
     tokens: Callable[[], Tensor]  # int64 [S]
     hits: Callable[[], Tensor] | None  # int64 [experts] tokens of each; rank 0 only
+    logprobs: Callable[[], dict[int, Logprobs]] | None = None  # where rows ask; rank 0 only
 
 
 def ladder(most: int) -> list[int]:
@@ -108,13 +109,30 @@ class Runner:
         self._last[self._device.send(torch.from_numpy(seats))] = chosen
         fetch = self._device.fetch
         mine = self._group.rank == 0
-        return Launched(batch.step, fetch(chosen), fetch(hits) if mine else None)
+        return Launched(
+            batch.step,
+            fetch(chosen),
+            fetch(hits) if mine else None,
+            self._fetch_logprobs(logits[: len(seats)], seats, chosen) if mine else None,
+        )
+
+    def _fetch_logprobs(
+        self, logits: Tensor, slots: Ints, tokens: Tensor
+    ) -> Callable[[], dict[int, Logprobs]] | None:
+        found = self._sampler.logprobs(logits, slots, tokens)
+        if found is None:
+            return None
+        rows, wanted, table = found
+        fetched = self._device.fetch(table)
+        return lambda: read_logprobs(rows, wanted, fetched())
 
     def collect(self, launched: Launched) -> StepResult:
         calls: list[int] = []
         if launched.hits is not None:
             calls = self._layout.calls_by_rank(launched.hits().tolist())
-        return StepResult(launched.step, launched.tokens().tolist(), expert_calls=calls)
+        tokens = launched.tokens().tolist()
+        logprobs = launched.logprobs() if launched.logprobs is not None else {}
+        return StepResult(launched.step, tokens, expert_calls=calls, logprobs=logprobs)
 
     def prepare(self, batch: Batch) -> Step:
         """A step's inputs, sent to the device."""
@@ -217,7 +235,9 @@ class Runner:
     def rehearse(self, tokens: int) -> None:
         """Compute the largest steps there can be, of empty sequences, with all that sampling may
         ask for: for who measures memory."""
-        how = Sampling(max_tokens=1, min_tokens=1, repetition_penalty=2.0, logit_bias={0: 1.0})
+        how = Sampling(
+            max_tokens=1, min_tokens=1, repetition_penalty=2.0, logit_bias={0: 1.0}, logprobs=20
+        )
         for slot in range(self._config.max_num_seqs):
             self._sampler.join(Join(slot, how, 0, 0))
         self.compute(self._padding(self._config.max_num_seqs, self._config.max_model_len))
@@ -230,7 +250,7 @@ class Runner:
         token_slots = np.repeat(slots, counts)
         step = self._send(ends - 1, slots, starts, counts, token_slots * 0, token_slots, positions)
         logits, _ = self.compute(step)
-        self._sampler(logits, slots, ends)
+        self._sampler.logprobs(logits, slots, self._sampler(logits, slots, ends))
 
     def _decoding(self, counts: Ints, samples: Bools) -> bool:
         """Whether the step is one that graphs exist for."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Ops
-from kernels.reference import PROMPT, Draws
-from workers.wire import Join
+from kernels.reference import NOISY, PROMPT, Draws
+from workers.wire import Join, Logprobs
 
 Ints = npt.NDArray[np.int64]
 
@@ -42,6 +42,7 @@ class Sampler:
         self._stops: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self._filtered = np.zeros(max_num_seqs, bool)
         self._penalised = np.zeros(max_num_seqs, bool)
+        self._logprobs = np.full(max_num_seqs, -1)  # how many likeliest tokens; -1: no logprobs
         self._bias: dict[int, dict[int, float]] = {}
         self._known: dict[int, tuple[int, list[int]]] = {}  # to be counted: prompt tokens, all
         self._counts: Tensor | None = None  # see kernels.reference.penalise; once it is needed
@@ -64,6 +65,7 @@ class Sampler:
         self._stops[slot] = sorted({*eos, *sampling.stop_token_ids})
         self._filtered[slot] = bool(sampling.top_k or sampling.min_p) or sampling.top_p < 1
         self._penalised[slot] = sampling.penalised
+        self._logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self._bias.pop(slot, None)
         self._known.pop(slot, None)
         if sampling.logit_bias:
@@ -111,6 +113,22 @@ class Sampler:
             self._counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
         return tokens
 
+    def logprobs(
+        self, logits: Tensor, slots: Ints, tokens: Tensor
+    ) -> tuple[Ints, Ints, Tensor] | None:
+        """Log probabilities of the ``tokens`` [R] that logits [R, V] gave, for rows that ask for
+        them: these rows, how many likeliest tokens each wants, and ``log_softmax``'s table."""
+        wanted = self._logprobs[slots]
+        rows = np.flatnonzero(wanted >= 0)
+        if not len(rows):
+            return None
+        most = min(int(wanted.max()), logits.shape[1])
+        return (
+            rows,
+            wanted[rows],
+            log_softmax(logits, self._send(torch.from_numpy(rows)), tokens, most),
+        )
+
     def _adjusted(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Logits with the requests' biases, and without what may not end an answer yet."""
         vocabulary = logits.shape[1]
@@ -144,6 +162,32 @@ class Sampler:
             self._counts[slot] = self._send(torch.from_numpy(counts.astype(np.int32)))
         self._known.clear()
         return self._counts
+
+
+def log_softmax(logits: Tensor, rows: Tensor, tokens: Tensor, most: int) -> Tensor:
+    """int32 [rows, 1 + 2 most]: the log probability of a row's token and those of its likeliest
+    ones, fp32 bit for bit, then their ids. logits [R, V], tokens int64 [R], rows int64 [rows]."""
+    parts = []
+    for part in rows.split(max(1, NOISY // logits.shape[1])):
+        scores = logits.index_select(0, part).log_softmax(-1, dtype=torch.float32)
+        chosen = scores.gather(1, tokens.index_select(0, part)[:, None])
+        best = scores.topk(most)
+        values = torch.cat((chosen, best.values), 1)
+        parts.append(torch.cat((values.view(torch.int32), best.indices.int()), 1))
+    return torch.cat(parts)
+
+
+def read_logprobs(rows: Ints, wanted: Ints, table: Tensor) -> dict[int, Logprobs]:
+    """By row, what ``Sampler.logprobs`` has found, once its table is on the host."""
+    most = (table.shape[1] - 1) // 2
+    values = table[:, : 1 + most].contiguous().view(torch.float32).tolist()
+    ids = table[:, 1 + most :].tolist()
+    return {
+        row: Logprobs(chosen, best[:n], likeliest[:n])
+        for row, n, (chosen, *likeliest), best in zip(
+            rows.tolist(), wanted.tolist(), values, ids, strict=True
+        )
+    }
 
 
 def noise_key(seed: int, choice: int) -> np.uint64:

@@ -8,7 +8,8 @@ it, which starts over later: recomputation changes no token.
 
 ``plan`` may run ahead of ``commit``: a decoding row continues from "the token last sampled in this
 slot", whose value the plan never needs. Sequences that wait are ordered like those that run, and
-the first one that does not fit holds the others back, so nothing starves.
+the first one that does not fit holds the others back, so nothing starves. So does one whose prefix
+is being computed: it soon finds in the prefix cache what it would compute a second time.
 """
 
 from __future__ import annotations
@@ -216,6 +217,7 @@ class Scheduler:
         pool = self.pool
         owed = sum(self._owed(seq) for seq in self._prefilling)
         committed = self._planned - len(self._steps)
+        filling = self._filling() if budget and self._free_slots else set()
         while self._waiting and self._free_slots and budget:
             seq = self._waiting[0]
             known = len(seq.tokens)
@@ -225,9 +227,12 @@ class Scheduler:
             pages = known // pool.block_size if pool.config.prefix_caching else 0
             hashes = seq.hash_pages(pages, pool.block_size)
             hit = pool.match(hashes, known)
+            if hit < min(pages, (known - 1) // pool.block_size) and hashes[hit] in filling:
+                break
             cost = pool.blocks_needed(known) - pool.shared(hashes, hit)
             if cost + owed + running > pool.num_free:
                 break
+            filling.update(hashes[hit:pages])
             self._undo.append((self._unadmit, (seq, seq.admitted)))
             del self._waiting[0]
             start = hit * pool.block_size
@@ -251,6 +256,18 @@ class Scheduler:
             budget -= stop - start
             chunks.append(Chunk(seq, start, stop))
             owed += self._owed(seq)
+
+    def _filling(self) -> set[bytes]:
+        """Hashes of the pages that steps in flight fill, and of those that sequences before the
+        first waiting one will: whoever waits for them waits for nobody behind itself."""
+        size, filling = self.pool.block_size, set[bytes]()
+        for step in self._steps:
+            for seq, first, blocks in step.full_pages:
+                filling.update(seq.hashes[first : first + len(blocks[0])])
+        for seq in self._prefilling:
+            if seq.order < self._waiting[0].order:
+                filling.update(seq.hashes[int(self._columns[POSITION, seq.slot]) // size :])
+        return filling
 
     def _owed(self, seq: Sequence) -> int:
         """Blocks that a running sequence's known tokens will still take."""
@@ -312,6 +329,11 @@ class Scheduler:
                 seq.cached = 0
             else:
                 emit(new(seq.id, seq.epoch, known - seq.prompt - 1, [token]))
+        if result.logprobs:
+            by_id = {output.id: output for output in outputs[before:]}
+            for row, logprobs in result.logprobs.items():
+                if (output := by_id.get(step.sampling[row].id)) is not None:
+                    output.logprobs = [logprobs]
         load.generated_tokens += len(outputs) - before
         for id in result.transfers:
             self.resolve(id, "remote_kv", now)

@@ -62,8 +62,8 @@ class Sequence:
         """Why this can never be served, with the numbers; None if it can."""
         max_tokens = self.sampling.max_tokens
         how = self.sampling
-        if how.logprobs is not None:
-            return "logprobs are not available yet"
+        if how.logprobs is not None and how.logprobs < 0:
+            return f"logprobs must be at least 0, not {how.logprobs}"
         if how.repetition_penalty <= 0 or not 0 <= how.min_p <= 1:
             return (
                 "needs repetition_penalty above 0 and min_p from 0 to 1, not "

@@ -33,7 +33,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}  # added to the logits of these tokens
-    logprobs: int | None = None  # refused until the OpenAI surface is complete
+    logprobs: int | None = None  # how many of the likeliest come with every token; None: nothing
 
     @property
     def penalised(self) -> bool:
@@ -69,6 +69,15 @@ class Abort(msgspec.Struct, frozen=True):
     id: str
 
 
+class Logprobs(msgspec.Struct, array_like=True, gc=False):
+    """Of one sampled token: log softmax of the model's own logits, in fp32, before temperature,
+    penalties, biases and masks."""
+
+    chosen: float
+    tokens: list[int]  # the likeliest ones, best first
+    values: list[float]  # theirs
+
+
 class Output(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request, or the reason it ended (then it is the last one).
 
@@ -83,6 +92,7 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     detail: str | None = None  # for reason "error" and "abort": a sentence for the user
     cached: int = 0  # prompt tokens taken from the prefix cache; on the first Output
     stop: int | None = None  # the stop token that ended it, when one did
+    logprobs: list[Logprobs] | None = None  # one for each of ``tokens``, where they were asked for
 
 
 class GroupLoad(msgspec.Struct, array_like=True, gc=False):
@@ -207,3 +217,4 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
     counts: list[int] | None = None  # per sampling row; None: one each
     transfers: list[str] = []  # ids of requests whose KV transfer has finished
     expert_calls: list[int] = []  # (token, expert) pairs computed by each rank in this step
+    logprobs: dict[int, Logprobs] = {}  # by sampling row, of those that asked

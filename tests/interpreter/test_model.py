@@ -47,11 +47,16 @@ def test_tokens_equal_the_references(tmp_path: Path, invariant: bool, kv: str) -
 @pytest.mark.parametrize("invariant", [False, True])
 def test_graphs_change_no_token(tmp_path: Path, invariant: bool) -> None:
     """Decode steps padded and replayed, two in the air, through a pool that preempts: tokens equal
-    those of eager steps, one at a time, on the reference kernels."""
+    those of eager steps, one at a time, on the reference kernels, and log probabilities, which are
+    computed behind the graphs, are near theirs."""
     directory = tiny_gpt_oss(tmp_path / "tiny")
-    requests = [greedy(str(n), ids, 12) for n, ids in enumerate(prompts(5, longest=30))]
+    requests = [
+        greedy(str(n), ids, 12, logprobs=(None, 0, 3)[n % 3])
+        for n, ids in enumerate(prompts(5, longest=30))
+    ]
     spec = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
-    expected = Engine(directory, kernels="reference", **spec).generate(requests)
+    plain = Engine(directory, kernels="reference", **spec)
+    expected = plain.generate(requests)
 
     engine = Engine(
         directory, kernels="triton", batch_invariant=invariant, kv_cache_memory=80_000, **spec
@@ -66,5 +71,13 @@ def test_graphs_change_no_token(tmp_path: Path, invariant: bool) -> None:
     captured = device.captured
     assert engine.generate(requests) == expected
     assert device.replayed > 10
+    for request in requests:
+        ours, theirs = engine.logprobs[request.id], plain.logprobs[request.id]
+        assert len(ours) == (0 if request.sampling.logprobs is None else 12)
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert mine.tokens == wanted.tokens
+            assert [mine.chosen, *mine.values] == pytest.approx(
+                [wanted.chosen, *wanted.values], abs=1e-3
+            )
     assert device.captured == captured, "a decode step came that start-up had not captured"
     assert engine.scheduler.load().preemptions
