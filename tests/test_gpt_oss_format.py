@@ -372,7 +372,8 @@ def test_results_of_no_call_are_not_lost(text: Text) -> None:
     results: list[Any] = [
         {"role": "tool", "tool_call_id": i, "content": f"r{i}"} for i in ("9", "2", "1")
     ]
-    ids = render(text, [{"role": "assistant", "tool_calls": calls}, *results])
+    asked: list[Any] = [{"role": "assistant", "tool_calls": calls}]
+    ids = render(text, asked + results)
     shown = re.findall(
         r'to=functions\.(f\d)|functions\.(f\d) to=assistant.*?"(r\d)"', text.decode(ids, False)
     )

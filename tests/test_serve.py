@@ -192,7 +192,8 @@ def test_a_killed_rank_ends_streams_and_comes_back(service: Service, rank: int) 
 
 
 def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> None:
-    service = Service(tmp_path, "--device", "cpu", RAY_SERVE_ENABLE_HA_PROXY="0")
+    flags = ("--device", "cpu", "--stream-interval", "16")
+    service = Service(tmp_path, *flags, RAY_SERVE_ENABLE_HA_PROXY="0")
     try:
         service.wait_until_ready()
         assert "without HAProxy" in service.said()
@@ -203,7 +204,9 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
             lines = answer.iter_lines()
             next(lines)
             done = ThreadPoolExecutor(1).submit(service.stop)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            *chunks, end = [line for line in lines if line]
+            assert end == "data: [DONE]"
+            assert len(chunks) == 399 // 16 + (399 % 16 > 0), "after the first, 16 at a time"
         assert done.result(2 * DEADLINE) == 0
     finally:
         service.stop()

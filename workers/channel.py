@@ -110,22 +110,40 @@ def prove(key: bytes, role: bytes, challenge: bytes, own: bytes) -> bytes:
 class _Lease:
     """A request's outputs as the engine has given them, kept for an ingress that comes back."""
 
-    __slots__ = ("cached", "end", "ended", "epoch", "first", "ingress", "tokens")
+    __slots__ = ("cached", "end", "ended", "epoch", "first", "id", "ingress", "sent", "tokens")
 
     def __init__(self, ingress: str, request: Request) -> None:
-        self.ingress, self.epoch = ingress, request.epoch
+        self.ingress, self.id, self.epoch = ingress, request.id, request.epoch
         self.first = len(request.emitted)  # offset of tokens[0]
+        self.sent = self.first  # offset of the first token that has not been sent
         self.tokens: list[int] = []
         self.cached = 0
         self.end: Output | None = None
         self.ended = 0.0
+
+    def due(self, interval: int) -> bool:
+        """Whether what is not sent yet must be: the first tokens, ``interval`` of them, an end."""
+        held = len(self.tokens) - (self.sent - self.first)
+        return held >= interval or self.sent == self.first or self.end is not None
+
+    def take(self) -> Output:
+        """Everything from ``sent`` on, which is then sent."""
+        start = self.sent
+        self.sent = self.first + len(self.tokens)
+        rest = self.tokens[start - self.first :]
+        output = Output(self.id, self.epoch, start, rest, cached=self.cached)
+        if self.end is not None:
+            end = self.end
+            output.reason, output.detail, output.stop = end.reason, end.detail, end.stop
+        return output
 
 
 class ChannelServer:
     """The engine's end. Runs on one event loop; ``publish`` may be called from another thread.
 
     ``submit`` and ``abort`` hand requests to the engine and must not block. ``load`` gives the
-    engine's state for heartbeats.
+    engine's state for heartbeats. A request's tokens are sent ``interval`` at a time, but the first
+    ones at once and the last ones with its end: here, because what is not sent costs nobody.
     """
 
     def __init__(
@@ -136,9 +154,11 @@ class ChannelServer:
         submit: Callable[[Request], None],
         abort: Callable[[str], None],
         load: Callable[[], Load],
+        interval: int = 1,
     ) -> None:
         self.engine, self.epoch = engine, epoch
         self._key, self._submit, self._abort, self._load = key, submit, abort, load
+        self._interval = interval
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._leases: dict[str, _Lease] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -188,7 +208,8 @@ class ChannelServer:
             lease.tokens += output.tokens
             if output.reason is not None:
                 lease.end, lease.ended = output, time.monotonic()
-            shares.setdefault(lease.ingress, []).append(output)
+            if lease.due(self._interval):
+                shares.setdefault(lease.ingress, []).append(lease.take())
         for ingress, share in shares.items():
             self._send(ingress, share, load)
         if load is not None:
@@ -262,11 +283,8 @@ class ChannelServer:
         if lease is None or lease.ingress != ingress:
             missed = Output(id, 0, seen, [], "error", "the engine does not know the request")
         else:
-            rest = lease.tokens[seen - lease.first :]
-            missed = Output(id, lease.epoch, seen, rest, cached=lease.cached)
-            if lease.end is not None:
-                end = lease.end
-                missed.reason, missed.detail, missed.stop = end.reason, end.detail, end.stop
+            lease.sent = seen
+            missed = lease.take()
         self._send(ingress, [missed], None)
 
     async def _abandon(self, ingress: str) -> None:
