@@ -388,7 +388,7 @@ def test_no_part_of_a_conversation_can_write_a_control_token(text: Text, control
         parameters = {"type": "object", "properties": {words: schema}, "required": [words]}
         function = {"name": "f", "description": words, "parameters": parameters}
         call = {"id": "1", "function": {"name": words, "arguments": {words: [words]}}}
-        messages = [
+        messages: list[Any] = [
             {"role": "system", "content": words},
             {"role": "user", "content": words, "name": words},
             {"role": "assistant", "thinking": words, "tool_calls": [call]},

@@ -375,3 +375,27 @@ def test_calls_at_once_are_shown_one_by_one_with_their_results() -> None:
         results[0],
     ]
     assert render(text, [together, *results]) == text.render(apart)
+
+
+def test_calls_of_one_answer_are_told_apart_in_a_stream() -> None:
+    """As OpenAI streams them: index, id and name come first and once, then the arguments."""
+    tokens = ids(
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|><|start|>"
+        'assistant<|channel|>commentary to=functions.g json<|message|>{"a": 1}<|call|>'
+    )
+    for cuts in ([], [*range(len(tokens))]):
+        _, sent = run(ask(stream=True), outputs("chatcmpl-1", tokens, cuts, "stop", tokens[-1]))
+        deltas = [chunk["choices"][0]["delta"] for chunk in sent[:-1]]
+        parts = [part for delta in deltas for part in delta.get("tool_calls", [])]
+        assert [part["index"] for part in parts] == sorted(part["index"] for part in parts)
+        assert len({part["id"] for part in parts if "id" in part}) == 2
+        for index, name, arguments in ((0, "f", "{}"), (1, "g", '{"a": 1}')):
+            first, *rest = [part for part in parts if part["index"] == index]
+            assert first["id"]
+            assert first["type"] == "function"
+            assert first["function"]["name"] == name
+            assert all(part.keys() == {"index", "function"} for part in rest)
+            assert all(part["function"].keys() == {"arguments"} for part in rest)
+            pieces = [part["function"]["arguments"] for part in (first, *rest)]
+            assert "".join(pieces) == arguments
+        assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"

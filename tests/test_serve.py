@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -56,6 +57,45 @@ def test_a_stream_adds_up_to_the_whole(client: OpenAI) -> None:
     one = client.completions.create(**text)  # type: ignore[call-overload]
     several = client.completions.create(**text, stream=True)  # type: ignore[call-overload]
     assert "".join(chunk.choices[0].text for chunk in several) == one.choices[0].text
+
+
+def function(name: str, **parameters: str) -> dict[str, Any]:
+    properties = {parameter: {"type": kind} for parameter, kind in parameters.items()}
+    schema = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tools_loop_with_the_official_client(client: OpenAI, stream: bool) -> None:
+    """Call, result, answer, another question: with the answers sent back as they came."""
+    tools = [function("get_weather", city="string"), function("set_timer", minutes="integer")]
+    messages: list[Any] = []
+
+    def ask() -> Any:
+        asked: Any = {"model": "tiny-oss", "messages": messages, "tools": tools}
+        if not stream:
+            choice = client.chat.completions.create(**asked).choices[0]
+        else:
+            with client.chat.completions.stream(**asked) as events:
+                choice = events.get_final_completion().choices[0]
+        messages.append(choice.message.model_dump(exclude={"parsed"}))
+        for call in messages[-1].get("tool_calls") or []:
+            call["function"].pop("parsed_arguments", None)  # the client's own, for its users
+        return choice
+
+    messages.append({"role": "user", "content": "Call get_weather with city Bern."})
+    choice = ask()
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Bern"}
+    result = json.dumps({"temperature": 21})
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    choice = ask()
+    assert (choice.finish_reason, choice.message.content) == ("stop", "The temperature is 21.")
+    messages.extend(QUESTION)
+    choice = ask()
+    assert (choice.finish_reason, choice.message.content) == ("stop", "42")
 
 
 def test_many_at_once_get_what_each_gets_alone(service: Service) -> None:
