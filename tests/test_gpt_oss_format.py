@@ -142,17 +142,20 @@ def official_fold(oracle: Any, ids: Sequence[int]) -> Fold:
     )
 
 
-@settings(max_examples=800, deadline=None)
-@given(messages=MESSAGES, data=st.data())
-def test_answers_are_read_as_openai_reads_them(
-    text: Text, oracle: Any, messages: Any, data: st.DataObject
-) -> None:
-    ids = transcript(messages, oracle)
-    expected = official_fold(oracle, ids)
+@pytest.mark.parametrize("count", [800, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_answers_are_read_as_openai_reads_them(text: Text, oracle: Any, count: int) -> None:
     prompt = parts(oracle, "<|start|>user<|message|>x<|end|><|start|>assistant")
-    assert split(ids, (), prompt, text) == expected
-    assert split(ids, range(len(ids)), prompt, text) == expected
-    assert split(ids, [data.draw(st.integers(0, len(ids)))], prompt, text) == expected
+
+    @settings(max_examples=count, deadline=None)
+    @given(messages=MESSAGES, cut=st.integers(0, 200))
+    def check(messages: Any, cut: int) -> None:
+        ids = transcript(messages, oracle)
+        expected = official_fold(oracle, ids)
+        assert split(ids, (), prompt, text) == expected
+        assert split(ids, range(len(ids)), prompt, text) == expected
+        assert split(ids, [cut], prompt, text) == expected
+
+    check()
 
 
 # Prompts

@@ -273,7 +273,9 @@ def agrees(tokens: list[int], cuts: list[int], prompt: list[int]) -> None:
         assert sum(text.count(name) for text in shown) <= spelled.count(name)
     if prompt == PROMPT:
         for text in messages(tokens):
-            assert any(text in each for each in shown), "what was said is shown"
+            # Bytes at its edges may have become a character with their neighbours.
+            inner = text.strip("\ufffd")
+            assert any(inner in each for each in shown), "what was said is shown"
 
 
 def streams_as_a_whole(tokens: list[int], cuts: list[int]) -> None:
