@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cluster.harmony import render
 from cluster.text import Text
 from tests import vocabularies
-from tests.test_harmony import Fold, split
+from tests.test_harmony import MANY, Fold, split
 
 CONTROL_NAMES = ("startoftext", "endoftext", "return", "constrain", "channel", "start", "end")
 CONTROL = [f"<|{name}|>" for name in (*CONTROL_NAMES, "message", "call", "endofprompt")]
@@ -142,7 +142,7 @@ def official_fold(oracle: Any, ids: Sequence[int]) -> Fold:
     )
 
 
-@pytest.mark.parametrize("count", [800, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [800, MANY])
 def test_answers_are_read_as_openai_reads_them(text: Text, oracle: Any, count: int) -> None:
     prompt = parts(oracle, "<|start|>user<|message|>x<|end|><|start|>assistant")
 

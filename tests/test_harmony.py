@@ -20,6 +20,7 @@ from tests import vocabularies
 from tests.test_openai import ask, fold_chat, outputs, run
 
 CONTROL = re.compile(r"(<\|[a-z_0-9]+\|>)")
+MANY = pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 Fold = tuple[str, str, list[tuple[str, str]]]
 
 
@@ -297,7 +298,7 @@ def streams_as_a_whole(tokens: list[int], cuts: list[int]) -> None:
 CUTS = st.lists(st.integers(0, 90), max_size=8)
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1000, MANY])
 def test_any_tokens_give_the_same_however_they_are_cut_and_leak_nothing(count: int) -> None:
     @settings(max_examples=count, deadline=None)
     @given(tokens=ANSWERS, cuts=CUTS, prompt=st.one_of(st.just(PROMPT), ANSWERS))
@@ -309,7 +310,7 @@ def test_any_tokens_give_the_same_however_they_are_cut_and_leak_nothing(count: i
     check()
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1000, MANY])
 def test_mutations_of_valid_answers_too(count: int) -> None:
     @settings(max_examples=count, deadline=None)
     @given(tokens=mutations(), cuts=CUTS)
