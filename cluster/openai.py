@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from cluster.harmony import render
 from cluster.schema import (
     IGNORED,
     LATER,
@@ -109,7 +110,7 @@ def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: i
     _bound(model, sum(len(str(message.get("content", ""))) for message in messages), "messages")
     shown = tools if tools and asked.tool_choice == "auto" else None
     try:
-        prompt = _render(model.text, messages, shown, options)
+        prompt = render(model.text, messages, shown, **options)
     except (NoTokenizer, ChatTemplateError) as error:
         raise Refusal(str(error), param="messages") from error
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
@@ -297,29 +298,6 @@ def _message(at: int, message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return out
-
-
-def _render(
-    text: Text,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    options: dict[str, str],
-) -> list[int]:
-    try:
-        return text.render(messages, tools, **options)
-    except ChatTemplateError:
-        # gpt-oss's template takes reasoning or content beside a call, not both. The model needs
-        # its reasoning to go on from a tool's result.
-        both = {"tool_calls", "thinking", "content"}
-        fewer = [
-            {name: value for name, value in message.items() if name != "content"}
-            if both <= message.keys()
-            else message
-            for message in messages
-        ]
-        if fewer == messages:
-            raise
-        return text.render(fewer, tools, **options)
 
 
 def _arguments(arguments: str) -> Any:

@@ -381,7 +381,13 @@ def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int) -> Any
             ),
             **both,
         )
-        .bind(spec, config.name, key, "127.0.0.1" if config.address is None else "")
+        .bind(
+            spec,
+            config.name,
+            key,
+            "127.0.0.1" if config.address is None else "",
+            config.stream_interval,
+        )
     )
     ingress = ray_serve.deployment(ray_serve.ingress()(IngressReplica)).options(
         name="ingress", **both

@@ -11,7 +11,7 @@ import pytest
 
 from workers import channel
 from workers.channel import Beat, ChannelClosed, ChannelServer, Link, Submit, encode
-from workers.wire import Engine, Load, Logprobs, Output, Request, Sampling
+from workers.wire import Engine, FinishReason, Load, Logprobs, Output, Request, Sampling
 
 KEY = b"the key of this service"
 ENGINE = Engine("s", "m", "replica")
@@ -34,12 +34,12 @@ def request(id: str, **fields: Any) -> Request:
 class Fake:
     """An engine that does as it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: int = 1) -> None:
         self.requests: dict[str, Request] = {}
         self.aborted: list[str] = []
         self.changed = asyncio.Event()
         self.server = ChannelServer(
-            ENGINE, EPOCH, KEY, self._submit, self._abort, lambda: Load(running=3)
+            ENGINE, EPOCH, KEY, self._submit, self._abort, lambda: Load(running=3), interval
         )
         self.port = 0
 
@@ -126,8 +126,8 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[Fake]:
-    fake = Fake()
+async def serving(interval: int = 1) -> AsyncIterator[Fake]:
+    fake = Fake(interval)
     fake.port = await fake.server.listen("127.0.0.1")
     try:
         yield fake
@@ -346,5 +346,53 @@ def test_a_request_that_comes_twice_cuts_the_ingress_off() -> None:
             await client.until(lambda: "r" in client.outputs)  # by the next connection
             assert client.tokens("r") == []
             assert not client.link.lost.is_set()
+
+    run(work)
+
+
+@pytest.mark.parametrize("end", [6, 7, 8, 9])
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_an_interval_sends_tokens_together_but_the_first_and_the_last_at_once(
+    end: int, at_once: int
+) -> None:
+    async def work() -> None:
+        async with serving(interval=3) as fake, connected(fake) as client:
+            client.link.submit(request("a"), client.receive)
+            await fake.until(lambda: "a" in fake.requests)
+            for start in range(0, end, at_once):
+                tokens = [*range(start, min(end, start + at_once))]
+                reason: FinishReason | None = "length" if tokens[-1] == end - 1 else None
+                fake.server.publish([Output("a", 0, start, tokens, reason, cached=4)])
+            await client.until(
+                lambda: bool(client.outputs) and client.tokens("a")[-1:] == [end - 1]
+            )
+            outputs = client.outputs["a"]
+            assert client.tokens("a") == [*range(end)]
+            assert [output.reason for output in outputs][:-1] == [None] * (len(outputs) - 1)
+            assert (outputs[-1].reason, outputs[0].cached) == ("length", 4)
+            assert len(outputs[0].tokens) == at_once
+            middle = [len(output.tokens) for output in outputs[1:-1]]
+            assert all(3 <= count < 3 + at_once for count in middle)
+
+    run(work)
+
+
+def test_held_tokens_survive_a_broken_connection() -> None:
+    async def work() -> None:
+        async with serving(interval=4) as fake:
+            proxy = Proxy(fake.port)
+            await proxy.listen()
+            async with connected(fake, proxy.port) as client:
+                client.link.submit(request("a"), client.receive)
+                await fake.until(lambda: "a" in fake.requests)
+                for token in range(3):
+                    fake.server.publish([Output("a", 0, token, [token])])
+                await client.until(lambda: client.tokens("a") == [0])
+                proxy.cut()
+                await client.until(lambda: client.tokens("a") == [0, 1, 2])
+                for token in range(3, 7):
+                    fake.server.publish([Output("a", 0, token, [token])])
+                await client.until(lambda: client.tokens("a") == [*range(7)])
+            await proxy.close()
 
     run(work)

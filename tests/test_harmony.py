@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cluster.harmony import HEADER_TOKENS, Delta, Harmony, Plain, splitter
+from cluster.harmony import HEADER_TOKENS, Delta, Harmony, Json, Plain, render, splitter
 from cluster.text import Text
 from tests import vocabularies
+from tests.test_openai import ask, fold_chat, outputs, run
 
 CONTROL = re.compile(r"(<\|[a-z_0-9]+\|>)")
+MANY = pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 Fold = tuple[str, str, list[tuple[str, str]]]
 
 
@@ -55,8 +58,13 @@ def fold(deltas: Sequence[Delta]) -> Fold:
     return texts["content"], texts["reasoning"], calls
 
 
-def split(tokens: Sequence[int], cuts: Sequence[int] = (), prompt: Sequence[int] = PROMPT) -> Fold:
-    harmony = Harmony(model(), prompt)
+def split(
+    tokens: Sequence[int],
+    cuts: Sequence[int] = (),
+    prompt: Sequence[int] = PROMPT,
+    text: Text | None = None,
+) -> Fold:
+    harmony = Harmony(text or model(), prompt)
     deltas: list[Delta] = []
     edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
     for start, end in itertools.pairwise(edges):
@@ -88,7 +96,30 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>hello world"
         (" to=functions.f<|channel|>commentary json<|message|>1<|call|>", ("", "", [("f", "1")])),
         ("<|channel|>analysis to=functions.f<|message|>1<|call|>", ("", "", [("f", "1")])),
         ("<|channel|>commentary to=f<|message|>1<|call|>", ("", "", [("f", "1")])),
+        # Nothing need stand before <|constrain|>, and it may stand before the channel.
+        ("<|channel|>commentary to=f<|constrain|>json<|message|>1<|call|>", ("", "", [("f", "1")])),
+        (" to=f<|constrain|>json<|channel|>commentary<|message|>1<|call|>", ("", "", [("f", "1")])),
+        ("<|channel|>analysis<|constrain|>json<|message|>1<|end|>", ("", "1", [])),
+        ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", ("{}", "", [])),
+        # Built-in tools: their calls in the analysis are thoughts, no function of the client's.
         ("<|channel|>analysis to=python code<|message|>1+1<|call|>", ("", "1+1", [])),
+        ("<|channel|>analysis to=browser.open code<|message|>{}<|call|>", ("", "{}", [])),
+        ("<|channel|>commentary to=browser.open<|message|>{}", ("", "", [("browser.open", "{}")])),
+        # Who is no function is not called.
+        ("<|channel|>commentary to=all<|message|>hello<|end|>", ("hello", "", [])),
+        (" to=user<|channel|>commentary<|message|>hello<|end|>", ("hello", "", [])),
+        ("<|channel|>commentary to=functions.<|message|>hello<|end|>", ("hello", "", [])),
+        ("<|channel|>commentary to=functions.user<|message|>1", ("", "", [("user", "1")])),
+        (
+            "<|channel|>commentary to=functions.f<|message|>1<|call|>"
+            "<|start|>functions.f to=assistant<|channel|>commentary<|message|>hello<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>world",
+            ("hello\nworld", "", [("f", "1")]),
+        ),
+        # The role may be said again.
+        ("assistant<|channel|>final<|message|>a", ("a", "", [])),
+        ("assistant to=functions.f<|channel|>commentary<|message|>1", ("", "", [("f", "1")])),
+        ("assistants say hello", ("assistants say hello", "", [])),
         # Nonsense becomes content.
         ("hello world", ("hello world", "", [])),
         ("hello<|return|>", ("hello", "", [])),
@@ -183,27 +214,111 @@ PIECES = st.one_of(
 ANSWERS = st.lists(PIECES, max_size=14).map(lambda parts: [i for part in parts for i in part])
 
 
-@settings(max_examples=3000, deadline=None)
-@given(tokens=ANSWERS, cuts=st.lists(st.integers(0, 60), max_size=8), prompt=ANSWERS)
-@example(tokens=[], cuts=[], prompt=[])
-def test_any_tokens_give_the_same_deltas_however_they_are_cut(
-    tokens: list[int], cuts: list[int], prompt: list[int]
-) -> None:
-    for before in (PROMPT, prompt):
-        whole = split(tokens, prompt=before)
-        assert whole == split(tokens, cuts, before) == split(tokens, range(len(tokens)), before)
+VALID = [
+    ANALYSIS + FINAL + "<|return|>",
+    "<|channel|>commentary<|message|>wait<|end|><|start|>assistant to=functions.f"
+    '<|channel|>commentary json<|message|>{"a": 1}<|call|><|start|>functions.f to=assistant'
+    "<|channel|>commentary<|message|>2<|end|><|start|>assistant" + ANALYSIS + FINAL + "<|end|>",
+    '<|channel|>commentary to=functions.g <|constrain|>json<|message|>{"b": "🦊"}<|call|>'
+    "<|start|>assistant<|channel|>analysis to=python code<|message|>1+1<|call|>" + FINAL,
+]
 
 
-@settings(max_examples=2000, deadline=None)
-@given(tokens=ANSWERS)
-def test_no_control_token_is_ever_shown(tokens: list[int]) -> None:
-    content, reasoning, calls = split(tokens)
-    plain = [i for i in tokens if i not in model().control.values()]
-    spelled = model().decode(plain)
-    shown = content + reasoning + "".join(name + arguments for name, arguments in calls)
+@st.composite
+def mutations(draw: st.DrawFn) -> list[int]:
+    """A valid answer with tokens dropped, doubled, swapped and put in, or cut off."""
+    tokens = ids(draw(st.sampled_from(VALID)))
+    controls = st.sampled_from(sorted(model().control.values()))
+    for edit in draw(st.lists(st.sampled_from(["drop", "double", "swap", "put", "cut"]))):
+        at = draw(st.integers(0, len(tokens) - 1))
+        if edit == "drop":
+            del tokens[at]
+        elif edit == "double":
+            tokens.insert(at, tokens[at])
+        elif edit == "swap":
+            tokens[at - 1], tokens[at] = tokens[at], tokens[at - 1]
+        elif edit == "put":
+            tokens.insert(at, draw(controls))
+        else:
+            del tokens[at:]
+        if not tokens:
+            break
+    return tokens
+
+
+def messages(tokens: Sequence[int]) -> list[str]:
+    """The texts that <|message|> opens, however wrong their headers are."""
+    names = {token: name for name, token in model().control.items()}
+    texts: list[list[int]] = []
+    inside = False
+    for token in tokens:
+        name = names.get(token, "")
+        if name == "<|message|>" and not inside:
+            inside = True
+            texts.append([])
+        elif name in ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>"):
+            inside = False
+        elif inside and not name:
+            texts[-1].append(token)
+    return [model().decode(text) for text in texts]
+
+
+def agrees(tokens: list[int], cuts: list[int], prompt: list[int]) -> None:
+    whole = split(tokens, prompt=prompt)
+    assert whole == split(tokens, cuts, prompt) == split(tokens, range(len(tokens)), prompt)
+    content, reasoning, calls = whole
+    shown = [content, reasoning, *itertools.chain.from_iterable(calls)]
+    # Only text that plain tokens spell themselves may look like a control token.
+    spelled = model().decode([i for i in tokens if i not in model().control.values()])
     for name in model().control:
-        # Only text that plain tokens spell themselves may look like one.
-        assert shown.count(name) <= spelled.count(name)
+        assert sum(text.count(name) for text in shown) <= spelled.count(name)
+    if prompt == PROMPT:
+        for text in messages(tokens):
+            # Bytes at its edges may have become a character with their neighbours.
+            inner = text.strip("\ufffd")
+            assert any(inner in each for each in shown), "what was said is shown"
+
+
+def streams_as_a_whole(tokens: list[int], cuts: list[int]) -> None:
+    """The same through ``Reply``: the fold of a stream's events is the whole body."""
+    if not tokens:
+        return
+    made = [outputs("chatcmpl-1", tokens, at, "length") for at in ([], cuts, [*range(len(tokens))])]
+    whole, _ = run(ask(), made[0])
+    body = json.loads(whole.body())["choices"][0]
+    for each in made[1:]:
+        _, sent = run(ask(stream=True), each)
+        message = fold_chat(sent[:-1])
+        if message["content"] == "" and "tool_calls" in message:
+            message["content"] = None
+        assert message == body["message"]
+        assert sent[-2]["choices"][0]["finish_reason"] == body["finish_reason"]
+
+
+CUTS = st.lists(st.integers(0, 90), max_size=8)
+
+
+@pytest.mark.parametrize("count", [1000, MANY])
+def test_any_tokens_give_the_same_however_they_are_cut_and_leak_nothing(count: int) -> None:
+    @settings(max_examples=count, deadline=None)
+    @given(tokens=ANSWERS, cuts=CUTS, prompt=st.one_of(st.just(PROMPT), ANSWERS))
+    @example(tokens=[], cuts=[], prompt=[])
+    def check(tokens: list[int], cuts: list[int], prompt: list[int]) -> None:
+        agrees(tokens, cuts, prompt)
+        streams_as_a_whole(tokens, cuts)
+
+    check()
+
+
+@pytest.mark.parametrize("count", [1000, MANY])
+def test_mutations_of_valid_answers_too(count: int) -> None:
+    @settings(max_examples=count, deadline=None)
+    @given(tokens=mutations(), cuts=CUTS)
+    def check(tokens: list[int], cuts: list[int]) -> None:
+        agrees(tokens, cuts, PROMPT)
+        streams_as_a_whole(tokens, cuts)
+
+    check()
 
 
 MESSAGES = st.lists(
@@ -236,32 +351,6 @@ def test_valid_answers_come_back_message_by_message(
     assert split(tokens, cuts) == (content, reasoning, calls)
 
 
-@settings(max_examples=1000, deadline=None)
-@given(
-    edits=st.lists(
-        st.tuples(st.sampled_from(["drop", "double", "swap"]), st.integers(0, 60)), max_size=4
-    ),
-    cuts=st.lists(st.integers(0, 80), max_size=6),
-)
-def test_mutations_of_a_valid_answer_leak_nothing(
-    edits: list[tuple[str, int]], cuts: list[int]
-) -> None:
-    tokens = ids(ANALYSIS + FINAL + "<|return|>")
-    for edit, where in edits:
-        at = where % len(tokens)
-        if edit == "drop":
-            del tokens[at]
-        elif edit == "double":
-            tokens.insert(at, tokens[at])
-        else:
-            tokens[at - 1], tokens[at] = tokens[at], tokens[at - 1]
-        if not tokens:
-            return
-    result = split(tokens, cuts)
-    assert result == split(tokens)
-    assert "<|" not in "".join(result[:2])
-
-
 def test_a_model_without_channels_says_everything() -> None:
     with tempfile.TemporaryDirectory() as directory:
         text = Text(vocabularies.save(Path(directory), vocabularies.byte_fallback()))
@@ -273,3 +362,43 @@ def test_a_model_without_channels_says_everything() -> None:
     assert isinstance(splitter(model(), PROMPT), Harmony)
     with tempfile.TemporaryDirectory() as directory:
         assert isinstance(splitter(Text(directory), [1]), Plain)
+
+
+def test_calls_at_once_are_shown_one_by_one_with_their_results() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        template = vocabularies.HARMONY_TEMPLATE
+        text = Text(vocabularies.save(Path(directory), vocabularies.byte_level(), template))
+    calls = [{"id": name, "function": {"name": name, "arguments": {}}} for name in "ab"]
+    results: list[Json] = [{"role": "tool", "tool_call_id": name, "content": name} for name in "ba"]
+    together: Json = {"role": "assistant", "thinking": "hm", "tool_calls": calls}
+    apart: list[Json] = [
+        {"role": "assistant", "thinking": "hm", "tool_calls": calls[:1]},
+        results[1],
+        {"role": "assistant", "tool_calls": calls[1:]},
+        results[0],
+    ]
+    assert render(text, [together, *results]) == text.render(apart)
+
+
+def test_calls_of_one_answer_are_told_apart_in_a_stream() -> None:
+    """As OpenAI streams them: index, id and name come first and once, then the arguments."""
+    tokens = ids(
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|><|start|>"
+        'assistant<|channel|>commentary to=functions.g json<|message|>{"a": 1}<|call|>'
+    )
+    for cuts in ([], [*range(len(tokens))]):
+        _, sent = run(ask(stream=True), outputs("chatcmpl-1", tokens, cuts, "stop", tokens[-1]))
+        deltas = [chunk["choices"][0]["delta"] for chunk in sent[:-1]]
+        parts = [part for delta in deltas for part in delta.get("tool_calls", [])]
+        assert [part["index"] for part in parts] == sorted(part["index"] for part in parts)
+        assert len({part["id"] for part in parts if "id" in part}) == 2
+        for index, name, arguments in ((0, "f", "{}"), (1, "g", '{"a": 1}')):
+            first, *rest = [part for part in parts if part["index"] == index]
+            assert first["id"]
+            assert first["type"] == "function"
+            assert first["function"]["name"] == name
+            assert all(part.keys() == {"index", "function"} for part in rest)
+            assert all(part["function"].keys() == {"arguments"} for part in rest)
+            pieces = [part["function"]["arguments"] for part in (first, *rest)]
+            assert "".join(pieces) == arguments
+        assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"

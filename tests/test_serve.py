@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -113,6 +114,45 @@ def test_log_probabilities_and_penalties(client: OpenAI) -> None:
         presence_penalty=0.1, frequency_penalty=0.1, **how,
     )  # fmt: skip
     assert biased.choices[0].message.content != "42"
+
+
+def function(name: str, **parameters: str) -> dict[str, Any]:
+    properties = {parameter: {"type": kind} for parameter, kind in parameters.items()}
+    schema = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tools_loop_with_the_official_client(client: OpenAI, stream: bool) -> None:
+    """Call, result, answer, another question: with the answers sent back as they came."""
+    tools = [function("get_weather", city="string"), function("set_timer", minutes="integer")]
+    messages: list[Any] = []
+
+    def ask() -> Any:
+        asked: Any = {"model": "tiny-oss", "messages": messages, "tools": tools}
+        if not stream:
+            choice = client.chat.completions.create(**asked).choices[0]
+        else:
+            with client.chat.completions.stream(**asked) as events:
+                choice = events.get_final_completion().choices[0]
+        messages.append(choice.message.model_dump(exclude={"parsed"}))
+        for call in messages[-1].get("tool_calls") or []:
+            call["function"].pop("parsed_arguments", None)  # the client's own, for its users
+        return choice
+
+    messages.append({"role": "user", "content": "Call get_weather with city Bern."})
+    choice = ask()
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Bern"}
+    result = json.dumps({"temperature": 21})
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    choice = ask()
+    assert (choice.finish_reason, choice.message.content) == ("stop", "The temperature is 21.")
+    messages.extend(QUESTION)
+    choice = ask()
+    assert (choice.finish_reason, choice.message.content) == ("stop", "42")
 
 
 def test_many_at_once_get_what_each_gets_alone(service: Service) -> None:
@@ -249,7 +289,8 @@ def test_a_killed_rank_ends_streams_and_comes_back(service: Service, rank: int) 
 
 
 def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> None:
-    service = Service(tmp_path, "--device", "cpu", RAY_SERVE_ENABLE_HA_PROXY="0")
+    flags = ("--device", "cpu", "--stream-interval", "16")
+    service = Service(tmp_path, *flags, RAY_SERVE_ENABLE_HA_PROXY="0")
     try:
         service.wait_until_ready()
         assert "without HAProxy" in service.said()
@@ -260,7 +301,9 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
             lines = answer.iter_lines()
             next(lines)
             done = ThreadPoolExecutor(1).submit(service.stop)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            *chunks, end = [line for line in lines if line]
+            assert end == "data: [DONE]"
+            assert len(chunks) == 399 // 16 + (399 % 16 > 0), "after the first, 16 at a time"
         assert done.result(2 * DEADLINE) == 0
     finally:
         service.stop()

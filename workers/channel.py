@@ -110,23 +110,44 @@ def prove(key: bytes, role: bytes, challenge: bytes, own: bytes) -> bytes:
 class _Lease:
     """A request's outputs as the engine has given them, kept for an ingress that comes back."""
 
-    __slots__ = ("cached", "end", "ended", "epoch", "first", "ingress", "logprobs", "tokens")
+    __slots__ = (
+        "cached", "end", "ended", "epoch", "first", "id", "ingress", "logprobs", "sent", "tokens",
+    )  # fmt: skip
 
     def __init__(self, ingress: str, request: Request) -> None:
-        self.ingress, self.epoch = ingress, request.epoch
+        self.ingress, self.id, self.epoch = ingress, request.id, request.epoch
         self.first = len(request.emitted)  # offset of tokens[0]
+        self.sent = self.first  # offset of the first token that has not been sent
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []  # of all tokens, or none
         self.cached = 0
         self.end: Output | None = None
         self.ended = 0.0
 
+    def due(self, interval: int) -> bool:
+        """Whether what is not sent yet must be: the first tokens, ``interval`` of them, an end."""
+        held = len(self.tokens) - (self.sent - self.first)
+        return held >= interval or self.sent == self.first or self.end is not None
+
+    def take(self) -> Output:
+        """Everything from ``sent`` on, which is then sent."""
+        start = self.sent
+        self.sent = self.first + len(self.tokens)
+        rest = self.tokens[start - self.first :]
+        output = Output(self.id, self.epoch, start, rest, cached=self.cached)
+        output.logprobs = self.logprobs[start - self.first :] or None
+        if self.end is not None:
+            end = self.end
+            output.reason, output.detail, output.stop = end.reason, end.detail, end.stop
+        return output
+
 
 class ChannelServer:
     """The engine's end. Runs on one event loop; ``publish`` may be called from another thread.
 
     ``submit`` and ``abort`` hand requests to the engine and must not block. ``load`` gives the
-    engine's state for heartbeats.
+    engine's state for heartbeats. A request's tokens are sent ``interval`` at a time, but the first
+    ones at once and the last ones with its end: here, because what is not sent costs nobody.
     """
 
     def __init__(
@@ -137,9 +158,11 @@ class ChannelServer:
         submit: Callable[[Request], None],
         abort: Callable[[str], None],
         load: Callable[[], Load],
+        interval: int = 1,
     ) -> None:
         self.engine, self.epoch = engine, epoch
         self._key, self._submit, self._abort, self._load = key, submit, abort, load
+        self._interval = interval
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._leases: dict[str, _Lease] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,7 +213,8 @@ class ChannelServer:
             lease.logprobs += output.logprobs or ()
             if output.reason is not None:
                 lease.end, lease.ended = output, time.monotonic()
-            shares.setdefault(lease.ingress, []).append(output)
+            if lease.due(self._interval):
+                shares.setdefault(lease.ingress, []).append(lease.take())
         for ingress, share in shares.items():
             self._send(ingress, share, load)
         if load is not None:
@@ -264,12 +288,8 @@ class ChannelServer:
         if lease is None or lease.ingress != ingress:
             missed = Output(id, 0, seen, [], "error", "the engine does not know the request")
         else:
-            rest = lease.tokens[seen - lease.first :]
-            missed = Output(id, lease.epoch, seen, rest, cached=lease.cached)
-            missed.logprobs = lease.logprobs[seen - lease.first :] or None
-            if lease.end is not None:
-                end = lease.end
-                missed.reason, missed.detail, missed.stop = end.reason, end.detail, end.stop
+            lease.sent = seen
+            missed = lease.take()
         self._send(ingress, [missed], None)
 
     async def _abandon(self, ingress: str) -> None:

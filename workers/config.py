@@ -80,4 +80,5 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
+    stream_interval: int = 1  # tokens that are sent together, but the first and the last at once
     address: str | None = None  # of a running Ray cluster; None: start one here

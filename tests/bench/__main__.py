@@ -27,7 +27,7 @@ import psutil
 import torch
 import typer
 
-from tests.bench import load, planning
+from tests.bench import load, planning, streams
 from tests.bench.models import MEDIUM, SMALL, VOCAB, Size, build, transformers_rate
 
 ROOT = Path(__file__).parents[2]
@@ -180,9 +180,24 @@ def around_the_model(threads: int, streams: int = 32) -> list[str]:
     ]
 
 
+def paced_streams() -> list[str]:
+    """CPU per streamed token where nothing piles up, beside Ray Serve's own way."""
+    rows = [row(*cells) for cells in streams.report()]
+    return [
+        f"{streams.STREAMS} streams of {streams.TOKENS} tokens, one token each every "
+        f"{1e3 * streams.PACE:.0f} ms, from an engine without a model; both behind Serve's HAProxy "
+        "on its throughput-optimised path, in one cluster. CPU ms per token.",
+        "",
+        *table(
+            ["path", "`--stream-interval`", *streams.ROLES, "all", "tokens/s"],
+            rows,
+        ),
+    ]
+
+
 def main(
     server: Annotated[list[str] | None, typer.Option(help="NAME=MODEL=URL of a peer")] = None,
-    only: Annotated[str, typer.Option(help="small, medium, planning or chunks")] = "",
+    only: Annotated[str, typer.Option(help="small, medium, planning, chunks or streams")] = "",
     threads: Annotated[int, typer.Option(help="threads on both sides")] = 2,
 ) -> None:
     """Measure, print, and write docs/benchmarks.md (only when nothing is left out)."""
@@ -200,6 +215,8 @@ def main(
             lines += ["## Planning", "", *planning.report(), ""]
         if only in ("", "chunks"):
             lines += ["## Around the model", "", *around_the_model(threads)]
+        if only in ("", "streams"):
+            lines += ["## Streams", "", *paced_streams()]
         if only in ("", "small", "medium"):
             lines += ["## Serving, prompt 128, output 128", ""]
         for size in (SMALL, MEDIUM):

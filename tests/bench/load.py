@@ -89,9 +89,9 @@ async def stream(
         try:
             result = Stream(time.monotonic())
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
+                b"POST %b/v1/completions HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\nConnection: close\r\n\r\n%b"
-                % (parts.netloc.encode(), len(body), body)
+                % (parts.path.encode(), parts.netloc.encode(), len(body), body)
             )
             status = await reader.readline()
             if b" 200 " not in status:
