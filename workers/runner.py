@@ -22,6 +22,7 @@ from kernels.reference import Rows
 from parallelism.layers import Place
 from workers.config import KVGroup, SchedulerConfig
 from workers.device import Device
+from workers.grammar import Grammars, Walk
 from workers.kvcache import KVCache
 from workers.model import Decoder
 from workers.sampler import Sampler
@@ -49,6 +50,7 @@ class Launched:
     step: int
     tokens: Callable[[], Tensor]  # int64 [S]
     hits: Callable[[], Tensor] | None  # int64 [experts] tokens of each; rank 0 only
+    walks: Sequence[tuple[int, Walk]] = ()  # rows that follow a grammar
 
 
 def ladder(most: int) -> list[int]:
@@ -67,12 +69,18 @@ class Runner:
     """Holds what steps leave behind for the next: block tables and the last token of every slot."""
 
     def __init__(
-        self, model: Decoder, cache: KVCache, config: SchedulerConfig, place: Place, device: Device
+        self,
+        model: Decoder,
+        cache: KVCache,
+        config: SchedulerConfig,
+        place: Place,
+        device: Device,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._group, self._layout, self._config = place.group, place.layout, config
         slots = config.max_num_seqs
-        self._sampler = Sampler(slots, config.eos_token_ids, model.ops, device.send)
+        self._sampler = Sampler(slots, config.eos_token_ids, model.ops, device.send, grammars)
         self._joined = np.zeros(slots, bool)
         pages = -(-config.max_model_len // cache.config.block_size)
         tables = torch.zeros(len(cache.config.groups), slots, pages, dtype=torch.int32)
@@ -108,13 +116,19 @@ class Runner:
         self._last[self._device.send(torch.from_numpy(seats))] = chosen
         fetch = self._device.fetch
         mine = self._group.rank == 0
-        return Launched(batch.step, fetch(chosen), fetch(hits) if mine else None)
+        walks = self._sampler.walks(seats)
+        return Launched(batch.step, fetch(chosen), fetch(hits) if mine else None, walks)
 
     def collect(self, launched: Launched) -> StepResult:
         calls: list[int] = []
         if launched.hits is not None:
             calls = self._layout.calls_by_rank(launched.hits().tolist())
-        return StepResult(launched.step, launched.tokens().tolist(), expert_calls=calls)
+        tokens, errors = launched.tokens().tolist(), {}
+        for row, walk in launched.walks:
+            walk.advance([tokens[row]])
+            if walk.error:
+                errors[row] = walk.error
+        return StepResult(launched.step, tokens, expert_calls=calls, errors=errors)
 
     def prepare(self, batch: Batch) -> Step:
         """A step's inputs, sent to the device."""
