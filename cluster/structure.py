@@ -114,7 +114,7 @@ def _harmony(form: Form, text: Text, prompt: Sequence[int]) -> str:
     again = f'{end} {start} "assistant"'
     kind = '" json"'
     if "<|constrain|>" in text.control:
-        kind += f' | " "? <[{text.control["<|constrain|>"]}]> "json"'
+        kind += f' | " " <[{text.control["<|constrain|>"]}]> "json"'
     rules = [
         "start: before* answer",
         r"TEXT: /(.|\n)*/",

@@ -7,6 +7,7 @@ sequence that was preempted or resumed walks there again.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import threading
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
+ANYTHING = r"start: /(.|\n)*/"
 KEPT = 128  # compiled grammars
 STACK = 128 << 20  # bytes; compiling recurses through a schema's references, 8 KiB a level
 # A lexer state takes 1 to 2 KiB; errors without the grammar and what was generated.
@@ -74,10 +76,9 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         try:
             # A second for 200,000 tokens, with the interpreter's lock held: not while serving.
-            self._tokenizer = LLTokenizer(
-                str(directory / "tokenizer.json"), vocab_size, list(eos_token_ids) or None
-            )
-        except ValueError as error:
+            source = _nameless((directory / "tokenizer.json").read_text(encoding="utf-8"))
+            self._tokenizer = LLTokenizer(source, vocab_size, list(eos_token_ids) or None)
+        except (OSError, ValueError, LookupError, TypeError) as error:
             log.warning("no grammars for this model: %s", _first_line(str(error)))
 
     def compile(self, grammar: str) -> LLMatcher | None:
@@ -131,6 +132,19 @@ def _deep(work: Callable[[], None]) -> None:
     finally:
         threading.stack_size(before)
     thread.join()
+
+
+def _nameless(source: str) -> str:
+    """A ``tokenizer.json`` whose control tokens have names that no text holds: else a document that
+    must say ``<|end|>`` would be given the control token."""
+    tree = json.loads(source)
+    private = {t["content"]: f"\U000f0000{t['id']}" for t in tree["added_tokens"] if t["special"]}
+    for token in tree["added_tokens"]:
+        token["content"] = private.get(token["content"], token["content"])
+    vocab = tree["model"]["vocab"]
+    if isinstance(vocab, dict):
+        tree["model"]["vocab"] = {private.get(name, name): id for name, id in vocab.items()}
+    return json.dumps(tree)
 
 
 def _first_line(text: str) -> str:

@@ -22,7 +22,7 @@ from kernels.reference import Rows
 from parallelism.layers import Place
 from workers.config import KVGroup, SchedulerConfig
 from workers.device import Device
-from workers.grammar import Grammars, Walk
+from workers.grammar import ANYTHING, Grammars, Walk
 from workers.kvcache import KVCache
 from workers.model import Decoder
 from workers.sampler import Sampler
@@ -233,7 +233,7 @@ class Runner:
         ask for: for who measures memory."""
         how = Sampling(max_tokens=1, min_tokens=1, repetition_penalty=2.0, logit_bias={0: 1.0})
         for slot in range(self._config.max_num_seqs):
-            self._sampler.join(Join(slot, how, 0, 0))
+            self._sampler.join(Join(slot, how, 0, 0, grammar=ANYTHING))
         self.compute(self._padding(self._config.max_num_seqs, self._config.max_model_len))
         rows = min(self._config.max_num_seqs, tokens)
         counts = np.full(rows, tokens // rows)
