@@ -224,6 +224,16 @@ def test_strict_tools_leave_the_choice_to_the_model(llm: LLM) -> None:
     assert [a.token_ids for a in answers[:4]] == [a.token_ids for a in answers[4:]]
 
 
+def test_a_document_may_spell_a_control_token(llm: LLM) -> None:
+    """And anything else that means something to a grammar."""
+    values = ["<|end|>", "<|return|>", "<[1]>", "// x\n# y", '%json {"a": 1}', "/", "TEXT", '\\"']
+    (answer,) = llm._finish(
+        [understood(llm, "hello", response_format=schema_format({"const": values}))]
+    )
+    assert json.loads(answer.text) == values
+    assert "<|end|>" in answer.text
+
+
 def test_a_json_object_and_a_cut_one(llm: LLM) -> None:
     form = {"type": "json_object"}
     whole = llm.chat([{"role": "user", "content": QUESTIONS[0]}], response_format=form)
