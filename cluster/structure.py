@@ -119,11 +119,13 @@ def _harmony(form: Form, text: Text, prompt: Sequence[int]) -> str:
         "start: before* answer",
         r"TEXT: /(.|\n)*/",
         f'thought: {channel} "analysis" {message} TEXT {again}',
-        f'preamble: {channel} "commentary" {message} TEXT {again}',
-        # A client reads all content as the document, so nothing may come before it.
-        f"before: thought{' | preamble' if form.calls and form.document is None else ''}",
         f"kind: ({kind})?",
     ]
+    if form.calls and form.document is None:
+        # Not before a document: a client reads all content as that.
+        rules.append(f'before: thought | {channel} "commentary" {message} TEXT {again}')
+    else:
+        rules.append("before: thought")
     answers = [f"call_{n}" for n in range(len(form.calls))]
     for n, (name, schema) in enumerate(form.calls.items()):
         to = json.dumps(f" to=functions.{name}")
