@@ -355,8 +355,13 @@ def test_stop_tokens_end_a_document_early(llm: LLM) -> None:
 
 
 def test_a_grammar_that_leads_nowhere_ends_its_request_alone(llm: LLM) -> None:
-    """Neither can be found before: the first has no document, the other grows too large."""
-    circle = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    """Neither can be found before: one digit in, or one link, nothing can follow."""
+    circle = {
+        "prefixItems": [{"$ref": "#/$defs/a"}],
+        "minItems": 1,
+        "type": "array",
+        "$defs": {"a": {"$ref": "#/$defs/a"}},
+    }
     multiple = {"type": "integer", "multipleOf": 999983, "minimum": 0, "maximum": 10**15}
     free = understood(llm, "Spell the word banana.")
     for schema in (circle, multiple):
@@ -398,7 +403,9 @@ def test_without_a_tokenizer_a_walk_is_an_error(tmp_path: Path) -> None:
         ({"unevaluatedProperties": False}, "unevaluatedProperties"),
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
         ({"type": "string", "format": "colour"}, "Unknown format: colour"),
-        ({"type": "string", "pattern": "(?=a)b"}, "regex"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "nothing is allowed"),
+        ({"allOf": [{"multipleOf": n, "type": "integer"} for n in (9973, 9967, 9949)]}, "fuel"),
         ({"type": "strng"}, "Invalid type: strng"),
         ({"enum": []}, "Unsatisfiable"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "greater than maximum"),

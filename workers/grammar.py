@@ -7,6 +7,7 @@ sequence that was preempted or resumed walks there again.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -17,31 +18,50 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 ANYTHING = r"start: /(.|\n)*/"
-KEPT = 128  # compiled grammars
+KEPT = 32  # compiled grammars, each with the lexer states that its walks have made
 STACK = 128 << 20  # bytes; compiling recurses through a schema's references, 8 KiB a level
-# A lexer state takes 1 to 2 KiB; errors without the grammar and what was generated.
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# A state takes 0.7 KiB, and a string of bounded length seven for each character. Errors do not show
+# the grammar and what was generated.
+LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 
 log = logging.getLogger(__name__)
 
 
 def trouble(grammar: str) -> str:
-    """Why a grammar cannot be compiled; empty if it can. No tokenizer is needed.
+    """Why a grammar without control tokens leads nowhere; empty if it can begin.
 
-    Of bounded cost, but not for an event loop: 0.1 s for the worst of 64 KiB.
+    Of bounded cost, but not for an event loop: half a second for the worst that was found.
     """
     found: list[str] = []
 
     def check() -> None:
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
-        found.append(_first_line(messages[0]) if failed else "")
+        matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        found.append(_brief(matcher.get_error()))
 
     _deep(check)
     return found[0]
+
+
+@functools.cache
+def _bytes() -> LLTokenizer:
+    """A vocabulary of single bytes, for who has no model at hand."""
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
+
+
+class _Bytes:
+    eos_token_id = 256
+    bos_token_id = None
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+    special_token_ids = (256,)
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
 
 
 class Walk:
@@ -59,7 +79,7 @@ class Walk:
     def look(self) -> None:
         """See whether the matcher has given up: it tells nobody of its own accord."""
         if self.matcher is not None and self.matcher.is_error():
-            self.error = f"the grammar cannot go on: {_first_line(self.matcher.get_error())}"
+            self.error = f"the grammar cannot go on: {_brief(self.matcher.get_error())}"
 
 
 class Grammars:
@@ -79,7 +99,7 @@ class Grammars:
             source = _nameless((directory / "tokenizer.json").read_text(encoding="utf-8"))
             self._tokenizer = LLTokenizer(source, vocab_size, list(eos_token_ids) or None)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            log.warning("no grammars for this model: %s", _first_line(str(error)))
+            log.warning("no grammars for this model: %s", _brief(str(error)))
 
     def compile(self, grammar: str) -> LLMatcher | None:
         """At its start, and not to be moved; None without a tokenizer."""
@@ -147,7 +167,12 @@ def _nameless(source: str) -> str:
     return json.dumps(tree)
 
 
-def _first_line(text: str) -> str:
-    """Of llguidance's messages, without the place in the grammar."""
-    line = text.strip().split("\n", 1)[0]
-    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line)[:300]
+def _brief(text: str) -> str:
+    """llguidance's message in a line, without the place in the grammar."""
+    if not text:
+        return ""
+    first, *rest = text.strip().splitlines()
+    if first.startswith("NoExtension"):
+        return "nothing is allowed where it stands"
+    first += "".join(f" {line}" for line in rest if line.startswith("error: "))
+    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", first)[:300]
