@@ -40,12 +40,13 @@ def trouble(grammar: str) -> str:
 
     def check() -> None:
         matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LIMITS)
-        if not matcher.is_error():
+        if not matcher.is_error():  # up to where there is a choice
+            matcher.consume_tokens(matcher.compute_ff_tokens())
             matcher.compute_bitmask()
         found.append(_brief(matcher.get_error()))
 
     _deep(check)
-    return found[0]
+    return found[0] if found else "it cannot be compiled"
 
 
 @functools.cache
@@ -102,7 +103,7 @@ class Grammars:
             log.warning("no grammars for this model: %s", _brief(str(error)))
 
     def compile(self, grammar: str) -> LLMatcher | None:
-        """At its start, and not to be moved; None without a tokenizer."""
+        """At its start, and not to be moved; None where there is none."""
         if self._tokenizer is None:
             return None
         with self._lock:
@@ -112,6 +113,8 @@ class Grammars:
         made: list[LLMatcher] = []
         tokenizer = self._tokenizer
         _deep(lambda: made.append(LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)))
+        if not made:
+            return None  # the library failed, and has said so in the log
         with self._lock:
             self._compiled[grammar] = made[0]
             if len(self._compiled) > KEPT:
@@ -122,7 +125,7 @@ class Grammars:
         """A walk to where ``tokens`` lead. Compiles only what is no longer kept."""
         start = self.compile(grammar)
         if start is None:
-            return Walk(None, "this model's tokenizer cannot be held to a grammar")
+            return Walk(None, "this model cannot be held to this grammar")
         walk = Walk(start.deep_copy(), "")
         walk.look()
         walk.advance(tokens)
