@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from cluster import directory, openai
+from cluster import directory, openai, structure
 from cluster.metrics import CONTENT_TYPE, Metrics
 from cluster.openai import Call, Model
 from cluster.reply import Reply, model_body, models_body
@@ -274,6 +274,8 @@ class Ingress:
             call = await asyncio.to_thread(understand, body, self._models, **arguments)
         else:
             call = understand(body, self._models, **arguments)
+        if call.schemas:
+            await asyncio.to_thread(structure.check, call.schemas)
         inbox = Inbox()
         watch = asyncio.create_task(exchange.watch(inbox.leave))
         held: dict[str, Held] = {}

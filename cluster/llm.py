@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from cluster import openai
+from cluster import openai, structure
 from cluster.harmony import Delta, Token
 from cluster.openai import Call, Model
 from cluster.reply import Choice
@@ -83,6 +83,7 @@ class LLM:
         self.report = rank.load(None, progress)
         self.capacity = rank.plan(self.report.free_bytes)
         self._scheduler = rank.scheduler(self.capacity)
+        self._grammars = rank.grammars
         self._steps = Steps(self._scheduler, rank.allocate(self.capacity))
         name = spec.served_model_name or directory.name
         self._models = {
@@ -124,10 +125,15 @@ class LLM:
         messages: Sequence[dict[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        **fields: Any,
     ) -> Completion:
-        """Answer a conversation, rendered with the model's chat template."""
+        """Answer a conversation, rendered with the model's chat template.
+
+        ``fields`` are others of the HTTP API: ``response_format``, ``tool_choice`` ...
+        """
         _single(params)
-        call = self._understand(openai.chat, params, messages=list(messages), tools=list(tools))
+        fields |= {"messages": list(messages), "tools": list(tools)}
+        call = self._understand(openai.chat, params, **fields)
         return self._finish([call])[0]
 
     def stream(
@@ -150,13 +156,15 @@ class LLM:
             asked["top_logprobs"] = asked["logprobs"]
             asked["logprobs"] = asked["logprobs"] is not None
         body |= {name: value for name, value in asked.items() if value is not None}
-        return parse(
+        call = parse(
             msgspec.json.encode(body),
             self._models,
             id=str(next(self._calls)),
             seed=random.getrandbits(62) if self._seed is None else self._seed,
             now=0,
         )
+        structure.check(call.schemas)
+        return call
 
     def _finish(self, calls: Sequence[Call]) -> list[Completion]:
         choices: dict[str, Choice] = {}
@@ -185,6 +193,10 @@ class LLM:
                 for choice in choices.values()
                 for output in scheduler.add(choice.request, time.monotonic())
             ]
+            for choice in choices.values():
+                if choice.request.grammar:
+                    self._grammars.compile(choice.request.grammar)
+                    scheduler.resolve(choice.request.id, "grammar", time.monotonic())
             while True:
                 for output in outputs:
                     choice = choices[output.id]

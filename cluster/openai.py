@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from cluster import structure
 from cluster.harmony import render
 from cluster.schema import (
     IGNORED,
@@ -62,6 +63,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool  # in the text
     skip_control: bool  # control tokens are no text
     echoes: tuple[str, ...]  # what the choices' texts begin with; empty: nothing
+    schemas: tuple[tuple[str, str], ...] = ()  # for structure.check, which takes its time
 
 
 def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
@@ -95,12 +97,8 @@ def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: i
     model = find(asked.model, models)
     if not asked.messages:
         raise Refusal("messages must not be empty", param="messages")
-    if asked.tool_choice not in ("auto", "none"):
-        raise Refusal(
-            f"tool_choice {_brief(asked.tool_choice)} is not available yet (auto and none are)",
-            param="tool_choice",
-        )
     tools = [_tool(at, tool) for at, tool in enumerate(asked.tools)]
+    form = structure.understand(asked)
     options = {}
     if asked.reasoning_effort is not None:
         if asked.reasoning_effort not in ("low", "medium", "high"):
@@ -108,7 +106,7 @@ def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: i
         options["reasoning_effort"] = asked.reasoning_effort
     messages = [_message(at, message) for at, message in enumerate(asked.messages)]
     _bound(model, sum(len(str(message.get("content", ""))) for message in messages), "messages")
-    shown = tools if tools and asked.tool_choice == "auto" else None
+    shown = tools if tools and asked.tool_choice != "none" else None
     try:
         prompt = render(model.text, messages, shown, **options)
     except (NoTokenizer, ChatTemplateError) as error:
@@ -118,7 +116,8 @@ def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: i
             "send max_completion_tokens or max_tokens, not both", param="max_completion_tokens"
         )
     limit = _given(asked.max_completion_tokens, asked.max_tokens)
-    return _call(f"chatcmpl-{id}", "chat", model, asked, [prompt], limit, seed, now)
+    call = _call(f"chatcmpl-{id}", "chat", model, asked, [prompt], limit, seed, now)
+    return call if form is None else _held(call, form)
 
 
 def find(name: str | None, models: Mapping[str, Model]) -> Model:
@@ -135,6 +134,16 @@ def find(name: str | None, models: Mapping[str, Model]) -> Model:
             code="model_not_found",
         )
     return models[name]
+
+
+def _held(call: Call, form: structure.Form) -> Call:
+    """The call, its answers held to a form."""
+    grammar = structure.grammar(form, call.model.text, call.requests[0].prompt)
+    held = [
+        msgspec.structs.replace(request, grammar=grammar, waits=("grammar",))
+        for request in call.requests
+    ]
+    return msgspec.structs.replace(call, requests=tuple(held), schemas=form.schemas)
 
 
 _Asked = TypeVar("_Asked", CompletionsBody, ChatBody)
@@ -245,8 +254,6 @@ def _tool(at: int, tool: Tool) -> dict[str, Any]:
         )
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool.function.name):
         raise Refusal(f"{where}.function.name must be 1 to 64 letters, digits, _ or -", param=where)
-    if tool.function.strict:
-        raise Refusal(f"{where}.function.strict=true is not available yet", param=where)
     function = {
         name: value
         for name, value in msgspec.structs.asdict(tool.function).items()

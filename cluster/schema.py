@@ -29,8 +29,6 @@ LATER = {
     | {
         "add_special_tokens": (False,),
         "skip_special_tokens": (True,),
-        "response_format": ({"type": "text"},),
-        "parallel_tool_calls": (True,),
         "chat_template_kwargs": ({},),
         "continue_final_message": (False,),
         "add_generation_prompt": (True,),
@@ -162,11 +160,44 @@ class Tool(msgspec.Struct, forbid_unknown_fields=True):
     function: FunctionSchema
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None  # enforced either way
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class FunctionName(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, tag_field="type", tag="function", forbid_unknown_fields=True):
+    function: FunctionName
+
+
+class Allowed(msgspec.Struct, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedTools(
+    msgspec.Struct, tag_field="type", tag="allowed_tools", forbid_unknown_fields=True
+):
+    allowed_tools: Allowed
+
+
 class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: list[Tool] = []
-    tool_choice: str | dict[str, Any] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools = "auto"
+    parallel_tool_calls: bool = True  # harmony ends an answer with its first call
+    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None

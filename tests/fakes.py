@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tests.oracle import U64, attend, embed, layers, mask, mix, sample
+from tests.oracle import BROKEN, BROKEN_AFTER, U64, attend, embed, layers, mask, mix, sample
 from workers.config import KVConfig, SchedulerConfig
 from workers.device import Staging
 from workers.wire import Batch, Join, Logprobs, StepResult
@@ -61,7 +61,8 @@ class FakeRunner:
 
     Each layer of the step first writes the cells of all rows and then reads, as a real model does:
     a wrong table, a stale page, a wrong position, or a block that two rows share within one step
-    all give other tokens than ``tests.oracle.next_token``.
+    all give other tokens than ``tests.oracle.next_token``. A row under a grammar must come after
+    the result that holds its last token, as no mask could be made for it before.
     """
 
     def __init__(self, config: SchedulerConfig, kv: KVConfig, vocab: int, ahead: int = 1) -> None:
@@ -78,7 +79,8 @@ class FakeRunner:
         )
         self.cells = garbage.astype(np.uint64)
         self.steps = 0
-        self._results: deque[StepResult] = deque()
+        self.walks: dict[int, list[int]] = {}  # by slot: tokens that its grammar has seen
+        self._results: deque[tuple[StepResult, dict[int, list[int]]]] = deque()
 
     def launch(self, batch: Batch) -> int:
         """Run the step; its result waits for ``collect``."""
@@ -88,6 +90,9 @@ class FakeRunner:
             self.joins[join.slot] = join
             self.tables[join.slot] = -1
             self.last[join.slot] = -1
+            self.walks.pop(join.slot, None)
+            if join.grammar:
+                self.walks[join.slot] = join.tokens[join.prompt_tokens :]
         for table in batch.tables:
             held = self.tables[table.slot, table.group, table.first :][: len(table.blocks)]
             held[:] = table.blocks
@@ -113,6 +118,8 @@ class FakeRunner:
                 hidden[i] = attend(hidden[i], keys, context, seen)
         tokens = []
         logprobs = {}
+        errors: dict[int, str] = {}
+        walks: dict[int, list[int]] = {}
         for row, x in zip(rows, hidden, strict=True):
             if row.sample:
                 join = self.joins[row.slot]
@@ -121,8 +128,14 @@ class FakeRunner:
                 self.last[row.slot] = token
                 if join.sampling.logprobs is not None:
                     logprobs[len(tokens)] = fake_logprobs(token, end, join.sampling.logprobs)
+                if row.slot in self.walks:
+                    walk = walks[len(tokens)] = self.walks[row.slot]
+                    assert len(walk) == end - join.prompt_tokens, "a token its grammar has not seen"
+                    if join.grammar == BROKEN and len(walk) == BROKEN_AFTER:
+                        errors[len(tokens)] = BROKEN
                 tokens.append(token)
-        self._results.append(StepResult(batch.step, tokens, logprobs=logprobs))
+        result = StepResult(batch.step, tokens, logprobs=logprobs, errors=errors)
+        self._results.append((result, walks))
         return batch.step
 
     def _places(self, group: int, slot: int, positions: U64) -> tuple[Ints, Ints]:
@@ -133,6 +146,8 @@ class FakeRunner:
         return blocks, offsets
 
     def collect(self, handle: int) -> StepResult:
-        result = self._results.popleft()
+        result, walks = self._results.popleft()
         assert result.step == handle, "steps are collected in order"
+        for row, walk in walks.items():
+            walk.append(result.tokens[row])
         return result

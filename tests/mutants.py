@@ -295,10 +295,39 @@ MUTANTS = (
     ),
     Mutant(
         "workers/sequence.py",
-        "if generated > self.sampling.min_tokens",
+        "if generated > least",
         "if generated",
         "tests/test_scheduler.py::test_traffic",
         "min_tokens",
+    ),
+    # Grammars.
+    Mutant(
+        "workers/scheduler.py",
+        "chunk.stop if seq.grammar else seq.limit - 1",
+        "seq.limit - 1",
+        "tests/test_scheduler.py::test_traffic",
+        "no mask can be made before the last token is known",
+    ),
+    Mutant(
+        "workers/scheduler.py",
+        "if seq.sampling.penalised or seq.grammar else []",
+        "if seq.sampling.penalised else []",
+        "tests/test_scheduler.py::test_traffic",
+        "a sequence that comes back must be walked through its grammar again",
+    ),
+    Mutant(
+        "workers/sampler.py",
+        "if kept.any():",
+        "if True:",
+        "tests/test_structure.py::test_an_end_is_put_off_where_the_grammar_leaves_it_open",
+        "min_tokens must leave what a grammar commands",
+    ),
+    Mutant(
+        "workers/grammar.py",
+        'private.get(token["content"], token["content"])',
+        'token["content"]',
+        "tests/test_structure.py::test_a_document_may_spell_a_control_token",
+        "a document's text became a control token",
     ),
     # Reading.
     Mutant(

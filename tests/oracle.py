@@ -13,6 +13,7 @@ from workers.wire import Request, Sampling
 U64 = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 Key = tuple[int, bytes]
+BROKEN, BROKEN_AFTER = "broken", 3  # a grammar of the fake model that goes on for so many tokens
 
 
 def visible(group: KVGroup, position: int) -> list[int]:
@@ -81,11 +82,14 @@ def generate(
     """All generated tokens (``emitted`` included), why it ends, and the stop token if one did."""
     sampling = request.sampling
     stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else config.eos_token_ids)}
+    least = 0 if request.grammar else sampling.min_tokens  # the mask is what keeps stops away
     generated: list[int] = []
     while True:
+        if request.grammar == BROKEN and len(generated) == BROKEN_AFTER:
+            return generated, "error", None
         tokens = [*request.prompt, *generated]
         generated.append(next_token(tokens, groups, sampling, request.choice, vocab))
-        if generated[-1] in stops and len(generated) > sampling.min_tokens:
+        if generated[-1] in stops and len(generated) > least:
             return generated, "stop", generated[-1]
         if len(generated) == sampling.max_tokens or len(tokens) + 1 == config.max_model_len:
             return generated, "length", None

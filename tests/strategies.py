@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from tests.oracle import BROKEN
 from workers.config import KVConfig, KVGroup, SchedulerConfig
 from workers.wire import Request, Sampling, Wait
 
@@ -81,4 +82,5 @@ def requests(id: str) -> st.SearchStrategy[Request]:
         priority=st.sampled_from([0, 0, 1]),
         salt=st.sampled_from(["", "", "tenant"]),
         waits=st.sampled_from(waits),
+        grammar=st.sampled_from(["", "", "", "any", BROKEN]),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeRunner
-from tests.oracle import generate
+from tests.oracle import BROKEN, generate
 from workers.config import KVConfig, KVGroup, SchedulerConfig
 from workers.engine import EngineLoop, follow
 from workers.plans import Follower, Leader, PlanLost
@@ -170,6 +170,44 @@ def test_a_deadline_passes_while_nothing_else_happens(
     start(loop)
     loop.submit(request("r", waits=("image",), deadline_ms=50))
     assert published.end("r").detail == "the deadline passed after 0 tokens"
+
+
+def test_a_grammar_is_prepared_beside_the_steps(
+    published: Published, loops: list[EngineLoop]
+) -> None:
+    """Others go on meanwhile; what fails there is the steps' to tell, and a deadline counts."""
+    ready, asked = threading.Event(), []
+
+    def compile(grammar: str) -> None:
+        asked.append(grammar)
+        assert ready.wait(DEADLINE)
+        if grammar == "worse":
+            raise RuntimeError("out of memory")
+
+    loop = EngineLoop(Scheduler(CONFIG, KV), runner(2), published, compile=compile)
+    loops.append(loop)
+    start(loop)
+    grammars = {"held": "any", "bad": BROKEN, "worse": "worse", "late": "any", "gone": "any"}
+    held = {
+        id: request(id, grammar=text, waits=("grammar",), deadline_ms=50 if id == "late" else None)
+        for id, text in grammars.items()
+    }
+    for each in held.values():
+        loop.submit(each)
+    loop.abort("gone")
+    loop.submit(request("free"))
+    assert published.end("free").reason == "length"
+    assert published.end("late").detail == "the deadline passed after 0 tokens"
+    assert published.end("gone").reason == "abort"
+    assert not published.tokens.get("held")
+    assert asked == ["any"], "one at a time"
+    ready.set()
+    for id in ("held", "bad", "worse"):
+        tokens, reason, _ = generate(held[id], CONFIG, KV.groups, VOCAB)
+        assert published.end(id).reason == reason
+        assert published.tokens[id] == tokens
+    assert published.end("bad").detail == BROKEN
+    assert loop.trouble() is None
 
 
 def test_a_failed_step_ends_every_request_once_and_later_ones_too(published: Published) -> None:

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import msgspec
 import pytest
-from openai import OpenAI
+from openai import APIStatusError, BadRequestError, OpenAI, pydantic_function_tool
+from pydantic import BaseModel, Field
 
 from tests.service import DEADLINE, ROOT, Service, free_port
 from workers.hub import BUNDLED
@@ -177,6 +178,90 @@ def test_many_at_once_get_what_each_gets_alone(service: Service) -> None:
     assert together[::6] == alone
     assert service.metric("moeray_expert_calls_total", rank="0") > 0
     assert service.metric("moeray_expert_calls_total", rank="1") > 0
+    service.until(lambda: service.metric("moeray_kv_blocks_used") == 0)
+
+
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=8)]
+    age: Annotated[int, Field(ge=0, le=150)]
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: Annotated[str, Field(max_length=8)]
+
+
+def test_the_official_client_parses_documents_and_calls(client: OpenAI) -> None:
+    ask: Any = [{"role": "user", "content": "Make a JSON object with name Tom and age 12."}]
+    parsed = client.chat.completions.parse(model="tiny-oss", messages=ask, response_format=Person)
+    person = parsed.choices[0].message.parsed
+    assert person is not None
+    assert (person.name, person.age) == ("Tom", 12)
+    with client.chat.completions.stream(
+        model="tiny-oss", messages=ask, response_format=Person
+    ) as stream:
+        streamed = [event.content for event in stream if event.type == "content.done"]
+        assert stream.get_final_completion().choices[0].message.parsed == person
+    assert streamed == [parsed.choices[0].message.content]
+
+    tool = pydantic_function_tool(Weather)
+    called = client.chat.completions.parse(
+        model="tiny-oss", messages=QUESTION, tools=[tool], tool_choice="required"
+    )
+    assert called.choices[0].finish_reason == "tool_calls"
+    (call,) = called.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Weather)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny-oss",
+            messages=QUESTION,
+            tools=[tool],
+            tool_choice={"type": "function", "function": {"name": "Weather"}},
+            parallel_tool_calls=False,
+            stream=True,
+        )
+    )
+    pieces = [d.function for c in chunks for d in c.choices[0].delta.tool_calls or () if d.function]
+    assert pieces[0].name == "Weather"
+    arguments = "".join(piece.arguments or "" for piece in pieces)
+    assert Weather.model_validate_json(arguments) == call.function.parsed_arguments
+
+    with pytest.raises(BadRequestError, match="uniqueItems") as refused:
+        client.chat.completions.create(
+            model="tiny-oss",
+            messages=ask,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"type": "array", "uniqueItems": True}},
+            },
+        )
+    assert refused.value.param == "response_format"
+
+
+def test_documents_and_free_answers_at_once(client: OpenAI, service: Service) -> None:
+    """More than there are slots; a document that cannot be finished ends alone."""
+    large = {"type": "integer", "multipleOf": 999983, "minimum": 0, "maximum": 10**15}
+    schemas: list[Any] = [{"type": "integer", "minimum": n, "maximum": n + 7} for n in range(8)]
+
+    def ask(n: int) -> str:
+        form: Any = {}
+        if n % 2 or n == 16:
+            schema = schemas[n // 2] if n < 16 else large
+            named = {"name": "a", "schema": schema}
+            form = {"response_format": {"type": "json_schema", "json_schema": named}}
+        try:
+            answer = client.chat.completions.create(model="tiny-oss", messages=QUESTION, **form)
+        except APIStatusError as error:
+            return f"{error.status_code}: {error.message}"
+        return str(answer.choices[0].message.content)
+
+    with ThreadPoolExecutor(17) as pool:
+        answers = list(pool.map(ask, range(17)))
+    assert answers[:16:2] == ["42"] * 8
+    assert all(n <= int(answer) <= n + 7 for n, answer in enumerate(answers[1::2]))
+    assert answers[16].startswith("503: ")
+    assert "grammar" in answers[16]
     service.until(lambda: service.metric("moeray_kv_blocks_used") == 0)
 
 

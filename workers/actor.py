@@ -147,6 +147,7 @@ class RankActor:
             lambda outputs, load: self._channel.publish(outputs, load),
             self._leader,
             ended=ended,
+            compile=self._core.grammars.compile,
         )
         self._channel = ChannelServer(
             engine, epoch, self._key, loop.submit, loop.abort, loop.load, interval

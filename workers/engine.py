@@ -13,6 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -36,6 +38,13 @@ def settle_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """The grammar of a request is there."""
+
+    id: str
 
 
 class Runner(Protocol):
@@ -84,7 +93,8 @@ class EngineLoop:
     ``publish`` gets the outputs of each step, and now and then a report; it must not block, and is
     called from the loop's thread, or from that of a ``submit`` to an engine that has ended.
     ``round`` is called before every step; several engines will agree there on taking part in one.
-    ``ended`` is called when the loop is over, after its last outputs.
+    ``ended`` is called when the loop is over, after its last outputs. ``compile`` prepares a
+    grammar, in a thread of its own; what is wrong with it is told by the steps.
     """
 
     def __init__(
@@ -95,11 +105,14 @@ class EngineLoop:
         leader: Leader | None = None,
         round: Callable[[], None] = lambda: None,
         ended: Callable[[], object] = lambda: None,
+        compile: Callable[[str], object] = lambda grammar: None,
     ) -> None:
         self.failure: str | None = None
         self._scheduler, self._steps = scheduler, Steps(scheduler, runner, self._begin)
         self._publish, self._leader, self._round, self._ended = publish, leader, round, ended
-        self._inbox: list[Request | Abort] = []
+        self._compile = compile
+        self._compiler = ThreadPoolExecutor(1, "grammars")
+        self._inbox: list[Request | Abort | Compiled] = []
         self._lock = threading.Lock()  # of the inbox and the failure
         self._wake = threading.Event()
         self._stopping = False
@@ -124,6 +137,7 @@ class EngineLoop:
             kind = type(error).__name__
             self._fail(f"the engine failed ({kind}) and is being replaced", f": {error}")
         finally:
+            self._compiler.shutdown(wait=False, cancel_futures=True)
             if self._leader is not None:
                 self._leader.close()
             self._ended()
@@ -156,7 +170,7 @@ class EngineLoop:
             return f"no step has ended for {age:.0f} s"
         return self.failure
 
-    def _put(self, item: Request | Abort) -> bool:
+    def _put(self, item: Request | Abort | Compiled) -> bool:
         with self._lock:
             if self.failure is not None:
                 return False
@@ -173,11 +187,21 @@ class EngineLoop:
         for item in items:
             if isinstance(item, Abort):
                 outputs += self._scheduler.abort(item.id, now)
+            elif isinstance(item, Compiled):
+                self._scheduler.resolve(item.id, "grammar", now)
             else:
                 self._live[item.id] = item
                 outputs += self._scheduler.add(item, now)
+                if "grammar" in item.waits:
+                    self._compiler.submit(self._prepare, item)
         if items:
             self._emit(outputs)
+
+    def _prepare(self, request: Request) -> None:
+        try:
+            self._compile(request.grammar)
+        finally:
+            self._put(Compiled(request.id))
 
     def _step(self) -> None:
         if self._idle:

@@ -35,6 +35,7 @@ from workers.capacity import (
 )
 from workers.config import KVConfig, ModelSpec, SchedulerConfig
 from workers.device import Cuda, Host
+from workers.grammar import Grammars
 from workers.kvcache import KVCache
 from workers.model import Decoder
 from workers.runner import Runner, inputs_bytes
@@ -129,6 +130,7 @@ class Rank:
         self._dtype, self._kv_dtype = dtypes(spec)
         if not cuda:
             _keep_freed_memory()
+        self._grammars: Grammars | None = None  # rank 0's
         self._place: Place | None = None
         self._model: Decoder | None = None
 
@@ -157,6 +159,8 @@ class Rank:
             )
             group.join(store, self._device, most, self._dtype, self._spec.batch_invariant)
         dequantise, notes = self._form_of_experts(model)
+        if self._layout.rank == 0:
+            self._grammars = Grammars(self._directory, arch.vocab_size, arch.eos_token_ids)
         done = 0
 
         def advance(size: int) -> None:
@@ -259,6 +263,12 @@ class Rank:
         if self._place is not None:
             self._place.group.abort()
 
+    @property
+    def grammars(self) -> Grammars:
+        """Rank 0's, once loaded."""
+        assert self._grammars is not None, "load first"
+        return self._grammars
+
     def scheduler(self, plan: Capacity) -> Scheduler:
         """Rank 0's."""
         return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._kv_dtype))
@@ -279,7 +289,7 @@ class Rank:
             if self._device.type == "cuda"
             else Host()
         )
-        return Runner(self._model, cache, config, self._place, device)
+        return Runner(self._model, cache, config, self._place, device, self._grammars)
 
 
 def _capability(device: torch.device) -> int:

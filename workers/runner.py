@@ -22,6 +22,7 @@ from kernels.reference import Rows
 from parallelism.layers import Place
 from workers.config import KVGroup, SchedulerConfig
 from workers.device import Device
+from workers.grammar import ANYTHING, Grammars, Walk
 from workers.kvcache import KVCache
 from workers.model import Decoder
 from workers.sampler import Sampler, read_logprobs
@@ -50,6 +51,7 @@ class Launched:
     tokens: Callable[[], Tensor]  # int64 [S]
     hits: Callable[[], Tensor] | None  # int64 [experts] tokens of each; rank 0 only
     logprobs: Callable[[], dict[int, Logprobs]] | None = None  # where rows ask; rank 0 only
+    walks: Sequence[tuple[int, Walk]] = ()  # rows that follow a grammar
 
 
 def ladder(most: int) -> list[int]:
@@ -68,12 +70,18 @@ class Runner:
     """Holds what steps leave behind for the next: block tables and the last token of every slot."""
 
     def __init__(
-        self, model: Decoder, cache: KVCache, config: SchedulerConfig, place: Place, device: Device
+        self,
+        model: Decoder,
+        cache: KVCache,
+        config: SchedulerConfig,
+        place: Place,
+        device: Device,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._group, self._layout, self._config = place.group, place.layout, config
         slots = config.max_num_seqs
-        self._sampler = Sampler(slots, config.eos_token_ids, model.ops, device.send)
+        self._sampler = Sampler(slots, config.eos_token_ids, model.ops, device.send, grammars)
         self._joined = np.zeros(slots, bool)
         pages = -(-config.max_model_len // cache.config.block_size)
         tables = torch.zeros(len(cache.config.groups), slots, pages, dtype=torch.int32)
@@ -114,6 +122,7 @@ class Runner:
             fetch(chosen),
             fetch(hits) if mine else None,
             self._fetch_logprobs(logits[: len(seats)], seats, chosen) if mine else None,
+            self._sampler.walks(seats),
         )
 
     def _fetch_logprobs(
@@ -130,9 +139,15 @@ class Runner:
         calls: list[int] = []
         if launched.hits is not None:
             calls = self._layout.calls_by_rank(launched.hits().tolist())
-        tokens = launched.tokens().tolist()
+        tokens, errors = launched.tokens().tolist(), {}
+        for row, walk in launched.walks:
+            walk.advance([tokens[row]])
+            if walk.error:
+                errors[row] = walk.error
         logprobs = launched.logprobs() if launched.logprobs is not None else {}
-        return StepResult(launched.step, tokens, expert_calls=calls, logprobs=logprobs)
+        return StepResult(
+            launched.step, tokens, expert_calls=calls, logprobs=logprobs, errors=errors
+        )
 
     def prepare(self, batch: Batch) -> Step:
         """A step's inputs, sent to the device."""
@@ -239,7 +254,7 @@ class Runner:
             max_tokens=1, min_tokens=1, repetition_penalty=2.0, logit_bias={0: 1.0}, logprobs=20
         )
         for slot in range(self._config.max_num_seqs):
-            self._sampler.join(Join(slot, how, 0, 0))
+            self._sampler.join(Join(slot, how, 0, 0, grammar=ANYTHING))
         self.compute(self._padding(self._config.max_num_seqs, self._config.max_model_len))
         rows = min(self._config.max_num_seqs, tokens)
         counts = np.full(rows, tokens // rows)

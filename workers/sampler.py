@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.dispatch import Ops
 from kernels.reference import NOISY, PROMPT, Draws
+from workers.grammar import Grammars, Walk
 from workers.wire import Join, Logprobs
 
 Ints = npt.NDArray[np.int64]
@@ -25,7 +26,7 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)  # rows of
 
 class Sampler:
     """Sampling parameters by slot, and the choice itself. ``send`` takes a host tensor to where the
-    logits are; nothing waits for the device."""
+    logits are; nothing waits for the device. ``grammars`` has only who samples."""
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Sampler:
         eos_token_ids: tuple[int, ...],
         ops: Ops,
         send: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        grammars: Grammars | None = None,
     ) -> None:
         self._eos, self._ops, self._send = eos_token_ids, ops, send
         self._floats = np.zeros((6, max_num_seqs), np.float32)
@@ -45,6 +47,8 @@ class Sampler:
         self._logprobs = np.full(max_num_seqs, -1)  # how many likeliest tokens; -1: no logprobs
         self._bias: dict[int, dict[int, float]] = {}
         self._known: dict[int, tuple[int, list[int]]] = {}  # to be counted: prompt tokens, all
+        self._grammars = grammars
+        self._walks: dict[int, Walk] = {}
         self._counts: Tensor | None = None  # see kernels.reference.penalise; once it is needed
 
     def join(self, join: Join) -> None:
@@ -68,10 +72,21 @@ class Sampler:
         self._logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self._bias.pop(slot, None)
         self._known.pop(slot, None)
+        self._walks.pop(slot, None)
         if sampling.logit_bias:
             self._bias[slot] = sampling.logit_bias
         if sampling.penalised:
             self._known[slot] = (join.prompt_tokens, join.tokens)
+        if join.grammar and self._grammars is not None:
+            generated = join.tokens[join.prompt_tokens :]
+            self._walks[slot] = self._grammars.enter(join.grammar, generated)
+
+    def walks(self, slots: Ints) -> list[tuple[int, Walk]]:
+        """The rows of a step that follow a grammar: they must hear which tokens were chosen."""
+        if not self._walks:
+            return []
+        held = enumerate(slots.tolist())
+        return [(row, self._walks[slot]) for row, slot in held if slot in self._walks]
 
     def __call__(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Token ids int64 [R] for logits [R, V].
@@ -102,7 +117,7 @@ class Sampler:
                 top_p=values[TOP_P],
                 min_p=values[MIN_P],
                 keys=on_device[7:].T.contiguous(),
-                allowed=None,
+                allowed=self._allowed(slots, positions),
                 drawn=bool(drawn.any()),
                 filtered=bool((drawn & self._filtered[slots]).any()),
             ),
@@ -140,6 +155,8 @@ class Sampler:
                     at.append(row * vocabulary + token)
                     by.append(bias)
         for row in np.flatnonzero(positions < self._first_stop[slots]).tolist():
+            if slots[row] in self._walks:
+                continue  # see _allowed
             banned = [i for i in self._stops[slots[row]] if i < vocabulary]
             at += [row * vocabulary + token for token in banned]
             by += [-np.inf] * len(banned)
@@ -149,6 +166,33 @@ class Sampler:
         index = self._send(torch.tensor(at))
         adjusted.view(-1).index_add_(0, index, self._send(torch.tensor(by, dtype=torch.float32)))
         return adjusted
+
+    def _allowed(self, slots: Ints, positions: Ints) -> Tensor | None:
+        """Bits of the tokens that each row's grammar allows, see ``Draws``; one copy to the device.
+
+        What may not end an answer yet is taken out, unless nothing else is left. A row where
+        nothing is left at all is an error of its walk, and gets any token.
+        """
+        walks = self.walks(slots)
+        if not walks or self._grammars is None:
+            return None
+        bits = self._grammars.masks([walk for _, walk in walks])
+        for line, (row, walk) in zip(bits, walks, strict=True):
+            if positions[row] < self._first_stop[slots[row]]:
+                kept = line.copy()
+                for token in self._stops[slots[row]]:
+                    if token < 32 * len(kept):
+                        kept.view(np.uint8)[token // 8] &= ~(1 << token % 8) & 255
+                if kept.any():
+                    line[:] = kept
+            if not walk.error and not line.any():
+                walk.error = "no token of this model goes on where the grammar stands"
+            if walk.error:
+                line[:] = -1
+        rows = np.array([[row] for row, _ in walks], np.int32)
+        held = self._send(torch.from_numpy(np.hstack([rows, bits])))
+        allowed = torch.full((len(slots), bits.shape[1]), -1, dtype=torch.int32, device=held.device)
+        return allowed.index_copy_(0, held[:, 0].long(), held[:, 1:])
 
     def _count_known(self, logits: Tensor) -> Tensor:
         """Counts of all slots, with the tokens that sequences brought along."""

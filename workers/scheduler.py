@@ -7,9 +7,11 @@ the gap. Sequences that have one token to go decode; the others get what is left
 it, which starts over later: recomputation changes no token.
 
 ``plan`` may run ahead of ``commit``: a decoding row continues from "the token last sampled in this
-slot", whose value the plan never needs. Sequences that wait are ordered like those that run, and
-the first one that does not fit holds the others back, so nothing starves. So does one whose prefix
-is being computed: it soon finds in the prefix cache what it would compute a second time.
+slot", whose value the plan never needs. Not so under a grammar, which must see a token before it
+can say what follows: such a sequence sits out until its last token is committed. Sequences that
+wait are ordered like those that run, and the first one that does not fit holds the others back, so
+nothing starves. So does one whose prefix is being computed: it soon finds in the prefix cache what
+it would compute a second time.
 """
 
 from __future__ import annotations
@@ -246,8 +248,10 @@ class Scheduler:
             self._seat(seq)
             self._columns[POSITION, seq.slot] = start
             insort(self._prefilling, seq, key=_ORDER)
-            tokens = seq.tokens[:] if seq.sampling.penalised else []
-            self._joins.append(Join(seq.slot, seq.sampling, seq.choice, seq.prompt, tokens))
+            tokens = seq.tokens[:] if seq.sampling.penalised or seq.grammar else []
+            self._joins.append(
+                Join(seq.slot, seq.sampling, seq.choice, seq.prompt, tokens, seq.grammar)
+            )
             for group, blocks in enumerate(table.blocks):
                 if blocks:
                     first = table.end - len(blocks)
@@ -294,7 +298,7 @@ class Scheduler:
             if chunk.samples:
                 step.sampling.append(seq)
                 self._prefilling.remove(seq)
-                last[seq.slot] = seq.limit - 1
+                last[seq.slot] = chunk.stop if seq.grammar else seq.limit - 1
         self._load.batch_tokens = len(rows) + sum(chunk.stop - chunk.start for chunk in chunks)
         self._steps.append(step)
         self._rollbacks = step.number
@@ -315,6 +319,9 @@ class Scheduler:
                 self._publish(seq, first, blocks)
         self.pool.close_step()
         outputs, self._outputs = self._outputs, []
+        for row, why in result.errors.items():
+            if not (seq := step.sampling[row]).done:
+                outputs.append(self._finish(seq, "error", why))
         emit, new, before = outputs.append, Output, len(outputs)
         for seq, token in zip(step.sampling, result.tokens, strict=True):
             if seq.done:
@@ -322,6 +329,8 @@ class Scheduler:
             tokens = seq.tokens
             tokens.append(token)
             known = len(tokens)
+            if seq.grammar and seq.slot >= 0:
+                self._columns[LAST, seq.slot] = known
             if (token in seq.stops or known >= seq.limit) and (reason := seq.ended()):
                 emit(self._finish(seq, reason, None, token))
             elif seq.cached:

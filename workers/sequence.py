@@ -32,6 +32,7 @@ class Sequence:
     waits: set[str]
     root: bytes  # of its prefix hashes
     hashes: list[bytes]  # of its full pages, as far as they are known
+    grammar: str
     slot: int = -1  # -1: not running
     table: PageTable | None = None  # while running
     barrier: int = 0  # the last step that may hold a row of its earlier life
@@ -56,6 +57,7 @@ class Sequence:
             waits=set(request.waits),
             root=root,
             hashes=list(request.hashes),
+            grammar=request.grammar,
         )
 
     def refusal(self, config: SchedulerConfig, pool: BlockPool) -> str | None:
@@ -88,10 +90,12 @@ class Sequence:
     def ended(self) -> FinishReason | None:
         """Why the last known token ends the sequence, if it does.
 
-        A stop token counts once ``min_tokens`` others have been generated before it.
+        A stop token counts once ``min_tokens`` others have been generated before it; where there is
+        a grammar, it comes sooner only if nothing else may.
         """
         generated = len(self.tokens) - self.prompt
-        if generated > self.sampling.min_tokens and self.tokens[-1] in self.stops:
+        least = 0 if self.grammar else self.sampling.min_tokens
+        if generated > least and self.tokens[-1] in self.stops:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 

@@ -61,6 +61,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     salt: str = ""  # isolates the prefix cache between tenants
     deadline_ms: int | None = None  # time left to finish, when sent
     waits: tuple[Wait, ...] = ()  # what must be resolved before the first step
+    grammar: str = ""  # what the answer must follow, see workers.grammar; empty: anything goes
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -148,7 +149,8 @@ class Join(msgspec.Struct, array_like=True, gc=False):
     sampling: Sampling
     choice: int
     prompt_tokens: int  # positions below this are the prompt
-    tokens: list[int] = []  # all that are known, where penalties ask for them
+    tokens: list[int] = []  # all that are known, where penalties or a grammar ask for them
+    grammar: str = ""
 
 
 class Table(msgspec.Struct, array_like=True, gc=False):
@@ -218,3 +220,4 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
     transfers: list[str] = []  # ids of requests whose KV transfer has finished
     expert_calls: list[int] = []  # (token, expert) pairs computed by each rank in this step
     logprobs: dict[int, Logprobs] = {}  # by sampling row, of those that asked
+    errors: dict[int, str] = {}  # sampling rows that got no token, and why: these requests end
