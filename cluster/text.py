@@ -104,6 +104,10 @@ class Text:
         return list(self._private.encode(text, add_special_tokens=False).ids)
 
     @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
     def has_chat_template(self) -> bool:
         return "default" in self._templates
 
