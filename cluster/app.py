@@ -127,7 +127,8 @@ class Ingress:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._live(receive, send)
-        assert scope["type"] == "http", "no websockets here"
+        if scope["type"] == "websocket":  # there are none: a 403
+            return await send({"type": "websocket.close"})
         exchange = Exchange(scope, receive, send)
         try:
             try:

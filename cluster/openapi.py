@@ -37,6 +37,15 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class CompletionChunk(Completion, kw_only=True):
+    usage: _Usage | UnsetType | None = UNSET  # type: ignore[assignment]
+
+
+class ChatCompletionChunk(ChatCompletion, kw_only=True):
+    object: Literal["chat.completion.chunk"]  # type: ignore[assignment]
+    usage: _Usage | UnsetType | None = UNSET  # type: ignore[assignment]
+
+
 class Card(msgspec.Struct, kw_only=True):
     id: str
     object: Literal["model"]
@@ -87,7 +96,18 @@ STATUSES = {
     503: "No engine could do it",
 }
 HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
-STRUCTS = (Completion, ChatCompletion, Card, Cards, Failed, Ready, Version, Status)
+STRUCTS = (
+    Completion,
+    ChatCompletion,
+    CompletionChunk,
+    ChatCompletionChunk,
+    Card,
+    Cards,
+    Failed,
+    Ready,
+    Version,
+    Status,
+)
 BODIES: dict[type, Kind] = {CompletionsBody: "completions", ChatBody: "chat"}
 
 
@@ -106,10 +126,10 @@ def document(version: str) -> bytes:
         "info": {"title": "moeray", "version": version},
         "paths": {
             "/v1/completions": _post(
-                "Continue a text", [CompletionsBody], Completion, streams=True
+                "Continue a text", [CompletionsBody], Completion, CompletionChunk
             ),
             "/v1/chat/completions": _post(
-                "Answer a conversation", [ChatBody], ChatCompletion, streams=True
+                "Answer a conversation", [ChatBody], ChatCompletion, ChatCompletionChunk
             ),
             "/tokenize": _post(
                 "Ids of a prompt or of messages", [CompletionsBody, ChatBody], Tokenized
@@ -178,11 +198,15 @@ def _failures(*statuses: int) -> dict[str, Any]:
 
 
 def _post(
-    summary: str, bodies: Sequence[type], answer: type, streams: bool = False
+    summary: str, bodies: Sequence[type], answer: type, chunk: type | None = None
 ) -> dict[str, Any]:
     responses = {"200": _answer("The answer", _ref(answer), [JSON])}
-    if streams:
-        responses["200"]["content"][EVENTS] = {"schema": {"type": "string"}}
+    if chunk is not None:
+        content = {"anyOf": [_ref(chunk), _ref(Failed)]}
+        data = {"type": "string", "contentMediaType": JSON, "contentSchema": content}
+        either = {"anyOf": [{"const": "[DONE]"}, data]}
+        event = {"type": "object", "properties": {"data": either}}
+        responses["200"]["content"][EVENTS] = {"schema": event}
     schema = _ref(bodies[0]) if len(bodies) == 1 else {"anyOf": [_ref(body) for body in bodies]}
     return {
         "post": {

@@ -1,4 +1,4 @@
-"""The front door over raw sockets: slow, broken, greedy and hostile clients, and one that is none."""
+"""The front door over raw sockets: slow, broken, greedy and hostile clients."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import msgspec
 import psutil
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, settings
-from schemathesis.checks import CheckFunction
 
 from cluster import exchange
 from cluster.keys import sha256
