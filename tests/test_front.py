@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import msgspec
@@ -15,8 +17,11 @@ import pytest
 
 from cluster import exchange
 from cluster.keys import sha256
+from cluster.reply import Reply
 from tests.front import DEADLINE, LENGTH, Front
+from workers.channel import ChannelClosed, Link
 from workers.config import ApiKey, Limits
+from workers.wire import Output
 
 LONG = {"prompt": [9, 8, 7], "max_tokens": 400, "ignore_eos": True, "seed": 2, "stream": True}
 
@@ -390,3 +395,56 @@ def test_text_that_is_odd_is_still_text(front: Front) -> None:
     refused(front.post("/v1/completions", content=body), 400, "JSON")
     message = b'{"messages": [{"role": "user", "content": "\\udfff"}], "max_tokens": 1}'
     refused(front.post("/v1/chat/completions", content=message), 400)
+
+
+# ---- What goes wrong here
+
+
+def test_a_bug_of_ours_ends_a_stream_with_an_error(
+    front: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No trace of it reaches the client, before the first token or after it."""
+    feed = Reply.feed
+    monkeypatch.setattr(front.runner, "pause", 0.002)
+
+    def broken(self: Reply, output: Output) -> bytes:
+        if output.offset > 5:
+            raise ZeroDivisionError("secret")
+        return feed(self, output)
+
+    monkeypatch.setattr(Reply, "feed", broken)
+    *tokens, last = front.post("/v1/completions", LONG).text.strip().split("\n\n")
+    assert len(tokens) > 1
+    error = msgspec.json.decode(last.removeprefix("data: "))["error"]
+    assert error["type"] == "server_error"
+    assert "secret" not in last
+    refused(front.complete(max_tokens=20), 500, "see the log")
+    assert "secret" in caplog.text
+
+
+def test_an_engine_that_was_lost_a_moment_ago(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise ChannelClosed("gone")
+
+    monkeypatch.setattr(Link, "submit", lost)
+    answer = front.complete()
+    refused(answer, 503, "send the request again", "unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_there_are_no_websockets(front: Front) -> None:
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        await front._ingress({"type": "websocket", "path": "/"}, receive, send)
+
+    asyncio.run(ask())
+    assert sent == ["websocket.close"]
