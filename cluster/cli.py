@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import typer
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from rich.table import Table
 
 from workers.architecture import Architecture
-from workers.config import ModelSpec, ServiceConfig
+from workers.config import ApiKey, Limits, ModelSpec, ServiceConfig
 
 app = typer.Typer(
     help="Serve mixture-of-experts language models on Ray, from a laptop without a GPU upwards.",
@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 say = Console(stderr=True, highlight=False)
 
+API_KEY = "MOERAY_API_KEY"
+T = TypeVar("T")
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -177,7 +179,44 @@ def serve(
     replicas: Annotated[int, typer.Option(help="Not yet above 1.")] = 1,
     autoscale: Annotated[str, typer.Option(metavar="MIN:MAX", help="Not yet.")] = "",
     config: Annotated[str, typer.Option(metavar="FILE", help="Not yet.")] = "",
-    api_key_file: Annotated[str, typer.Option(metavar="FILE", help="Not yet.")] = "",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Only who has a key may ask; may be given several times, or as MOERAY_API_KEY "
+            "with commas.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="More keys: their names, SHA-256 and limits (docs/api.md); read again when it "
+            "changes.",
+        ),
+    ] = "",
+    max_concurrent_requests: Annotated[
+        int, typer.Option(help="Most requests in progress; more get a 429. 0: any number.")
+    ] = 2048,
+    max_num_queued_reqs: Annotated[
+        int,
+        typer.Option(
+            help="Most sequences that wait for their first token; more get a 429. 0: any number."
+        ),
+    ] = 1024,
+    max_num_queued_tokens: Annotated[
+        int, typer.Option(help="Most prompt tokens of those. 0: any number.")
+    ] = 0,
+    max_body_size: Annotated[
+        str, typer.Option(metavar="BYTES", help="Of a request; a larger one gets a 413.")
+    ] = "32MiB",
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that a request may take; its header X-Request-Timeout may ask for less. "
+            "Default: any time."
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL behind an OpenAI-compatible endpoint, until Ctrl-C or SIGTERM.
 
@@ -191,10 +230,9 @@ def serve(
         replicas=replicas != 1,
         autoscale=autoscale,
         config=config,
-        api_key_file=api_key_file,
     )
-    if os.environ.get("MOERAY_API_KEY"):
-        fail("MOERAY_API_KEY is set, but API keys are not available yet; unset it to serve openly")
+    if api_key:
+        _hide(api_key)
     spec = _spec(
         model=model,
         served_model_name=served_model_name,
@@ -214,6 +252,14 @@ def serve(
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
     )
+    limits = _convert(
+        Limits,
+        max_concurrent_requests=max_concurrent_requests or None,
+        max_num_queued_reqs=max_num_queued_reqs or None,
+        max_num_queued_tokens=max_num_queued_tokens or None,
+        max_body_size=parse_size(max_body_size),
+        request_timeout=request_timeout,
+    )
     from cluster import service
 
     try:
@@ -224,6 +270,9 @@ def serve(
                 port=port,
                 stream_interval=stream_interval,
                 address=address or None,
+                limits=limits,
+                api_keys=_api_keys(),
+                api_key_file=str(Path(api_key_file).expanduser().resolve()) if api_key_file else "",
             ),
             on_ready=_ready,
         )
@@ -476,11 +525,14 @@ def status(
     url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """Show a service's engines, their ranks, processes and nodes."""
+    """Show a service's engines, their ranks, processes and nodes.
+
+    Where it needs an API key, put it into MOERAY_API_KEY.
+    """
     from cluster import service
 
     try:
-        found = service.status(url)
+        found = service.status(url, os.environ.get(API_KEY, "").split(",")[0])
     except (OSError, ValueError) as error:
         fail(f"nothing answers at {url}: {error}")
     if as_json:
@@ -516,12 +568,44 @@ def _spec(kv_cache_memory: str, **fields: Any) -> ModelSpec:
     # Serving changes into a folder of its own; a relative path would lose its meaning.
     if fields["model"] and Path(fields["model"]).expanduser().exists():
         fields["model"] = str(Path(fields["model"]).expanduser().resolve())
+    return _convert(ModelSpec, kv_cache_memory=memory, **fields)
+
+
+def _convert(kind: type[T], **fields: Any) -> T:
+    """Flags as the configuration they are named after."""
     try:
-        return msgspec.convert({"kv_cache_memory": memory, **fields}, ModelSpec)
+        return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         name = re.search(r"\$\.(\w+)", str(error))
         flag = f"--{name[1].replace('_', '-')}: " if name else ""
         raise typer.BadParameter(f"{flag}{error}") from error
+
+
+def _hide(keys: list[str]) -> NoReturn:
+    """Start again with API keys in the environment: who may list processes could read them in our
+    command line, which Ray also keeps."""
+    if any("," in key for key in keys):
+        fail("an API key may not hold a comma")
+    line, rest = iter(sys.orig_argv[1:]), []
+    for word in line:
+        if word == "--api-key":
+            next(line)
+        elif not word.startswith("--api-key="):
+            rest.append(word)
+    known = [key for key in os.environ.get(API_KEY, "").split(",") if key]
+    os.environ[API_KEY] = ",".join(known + keys)
+    os.execv(sys.executable, [sys.executable, *rest])
+
+
+def _api_keys() -> tuple[ApiKey, ...]:
+    """Hashes of the keys in the environment, which no process that we start gets to see."""
+    from cluster.keys import sha256
+
+    given = [key.strip() for key in os.environ.pop(API_KEY, "").split(",")]
+    return tuple(
+        ApiKey(name=f"key-{number}", sha256=sha256(key))
+        for number, key in enumerate(filter(None, given), 1)
+    )
 
 
 def _ready(url: str, engines: list[dict[str, Any]]) -> None:

@@ -72,7 +72,30 @@ def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int,
     ``id`` names it uniquely, ``seed`` counts if the body brings none, ``now`` is Unix seconds.
     Tokenizing a long prompt takes a while: run it in a thread. Raises Refusal.
     """
-    asked = _convert(_fields(body, "completions"), CompletionsBody)
+    asked, model, prompts = text_prompts(body, models)
+    if asked.echo and asked.logprobs is not None:
+        raise Refusal("echo=true does not go with logprobs: a prompt has none here", param="echo")
+    return _call(f"cmpl-{id}", "completions", model, asked, prompts, asked.max_tokens, seed, now)
+
+
+def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
+    """The call that a body of POST /v1/chat/completions asks for; as ``completions``."""
+    asked, model, prompt = chat_prompt(body, models)
+    form = structure.understand(asked)
+    if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+        raise Refusal(
+            "send max_completion_tokens or max_tokens, not both", param="max_completion_tokens"
+        )
+    limit = _given(asked.max_completion_tokens, asked.max_tokens)
+    call = _call(f"chatcmpl-{id}", "chat", model, asked, [prompt], limit, seed, now)
+    return call if form is None else _held(call, form)
+
+
+def text_prompts(
+    body: bytes, models: Mapping[str, Model]
+) -> tuple[CompletionsBody, Model, list[list[int]]]:
+    """A body of POST /v1/completions, its model and the ids of its prompts. Raises Refusal."""
+    asked = convert(_fields(body, "completions"), CompletionsBody)
     model = find(asked.model, models)
     prompts: list[list[int]] = []
     for at, prompt in enumerate(_prompts(asked.prompt)):
@@ -86,19 +109,16 @@ def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int,
                 param="prompt",
             )
         prompts.append(prompt)
-    if asked.echo and asked.logprobs is not None:
-        raise Refusal("echo=true does not go with logprobs: a prompt has none here", param="echo")
-    return _call(f"cmpl-{id}", "completions", model, asked, prompts, asked.max_tokens, seed, now)
+    return asked, model, prompts
 
 
-def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
-    """The call that a body of POST /v1/chat/completions asks for; as ``completions``."""
-    asked = _convert(_fields(body, "chat"), ChatBody)
+def chat_prompt(body: bytes, models: Mapping[str, Model]) -> tuple[ChatBody, Model, list[int]]:
+    """A body of POST /v1/chat/completions, its model and the ids of its prompt. Raises Refusal."""
+    asked = convert(_fields(body, "chat"), ChatBody)
     model = find(asked.model, models)
     if not asked.messages:
         raise Refusal("messages must not be empty", param="messages")
     tools = [_tool(at, tool) for at, tool in enumerate(asked.tools)]
-    form = structure.understand(asked)
     options = {}
     if asked.reasoning_effort is not None:
         if asked.reasoning_effort not in ("low", "medium", "high"):
@@ -111,13 +131,7 @@ def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: i
         prompt = render(model.text, messages, shown, **options)
     except (NoTokenizer, ChatTemplateError) as error:
         raise Refusal(str(error), param="messages") from error
-    if asked.max_tokens is not None and asked.max_completion_tokens is not None:
-        raise Refusal(
-            "send max_completion_tokens or max_tokens, not both", param="max_completion_tokens"
-        )
-    limit = _given(asked.max_completion_tokens, asked.max_tokens)
-    call = _call(f"chatcmpl-{id}", "chat", model, asked, [prompt], limit, seed, now)
-    return call if form is None else _held(call, form)
+    return asked, model, prompt
 
 
 def find(name: str | None, models: Mapping[str, Model]) -> Model:
@@ -146,17 +160,23 @@ def _held(call: Call, form: structure.Form) -> Call:
     return msgspec.structs.replace(call, requests=tuple(held), schemas=form.schemas)
 
 
-_Asked = TypeVar("_Asked", CompletionsBody, ChatBody)
+_T = TypeVar("_T")
 
 
-def _fields(body: bytes, kind: Kind) -> dict[str, Any]:
-    """The body's fields without those that are null or ignored; refuses what is not served."""
+def decode(body: bytes) -> dict[str, Any]:
+    """A body as a JSON object. Raises Refusal."""
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refusal(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise Refusal(f"the body must be a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def _fields(body: bytes, kind: Kind) -> dict[str, Any]:
+    """The body's fields without those that are null or ignored; refuses what is not served."""
+    fields = decode(body)
     known = (CompletionsBody if kind == "completions" else ChatBody).__struct_fields__
     asked = {}
     unknown = []
@@ -193,7 +213,8 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 64 else text[:61] + "..."
 
 
-def _convert(fields: dict[str, Any], kind: type[_Asked]) -> _Asked:
+def convert(fields: dict[str, Any], kind: type[_T]) -> _T:
+    """A body's fields as what is known of them. Raises Refusal."""
     try:
         return msgspec.convert(fields, kind)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -489,9 +510,6 @@ def _stops(stop: str | list[str]) -> tuple[str, ...]:
             param="stop",
         )
     return stops
-
-
-_T = TypeVar("_T")
 
 
 def _given(value: _T | None, default: _T) -> _T:

@@ -22,7 +22,7 @@ from cluster.logprobs import (
     text_logprobs,
 )
 from cluster.openai import Call, Model, find
-from cluster.schema import Refusal, unavailable
+from cluster.schema import Refusal, late, unavailable
 from cluster.text import StopStrings
 from workers.wire import Logprobs, Output, Request
 
@@ -34,8 +34,8 @@ class _Function(msgspec.Struct, omit_defaults=True, gc=False):
     name: str | UnsetType = UNSET
 
 
-class _ToolCall(msgspec.Struct, gc=False):
-    index: int | UnsetType
+class _ToolCall(msgspec.Struct, kw_only=True, gc=False):
+    index: int | UnsetType = UNSET  # in a stream
     function: _Function
     id: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
@@ -137,6 +137,8 @@ class Choice:
         """
         if self.reason is not None:
             return []
+        if output.reason == "timeout":
+            raise late(output.detail or "the deadline passed")
         if output.reason in ("error", "abort"):
             raise unavailable(output.detail or "the engine gave up the request; send it again")
         seen = len(self.emitted) - output.offset
@@ -292,10 +294,9 @@ class Reply:
             if choice.calls:
                 message.tool_calls = [
                     _ToolCall(
-                        UNSET,
-                        _Function("".join(arguments), name),
-                        self._call_id(index, at),
-                        "function",
+                        function=_Function("".join(arguments), name),
+                        id=self._call_id(index, at),
+                        type="function",
                     )
                     for at, (name, arguments) in enumerate(choice.calls)
                 ]
@@ -354,7 +355,7 @@ class Reply:
             return _Delta(content=delta.text)
         if delta.kind == "reasoning":
             return _Delta(reasoning_content=delta.text)
-        call = _ToolCall(delta.call, _Function(delta.text))
+        call = _ToolCall(index=delta.call, function=_Function(delta.text))
         if delta.name:
             call.function.name = delta.name
             call.id, call.type = self._call_id(index, delta.call), "function"

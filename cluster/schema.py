@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 Kind = Literal["completions", "chat"]
+RETRY_AFTER = "5"  # seconds in which an engine may have started again
 
 COMMON_IGNORED = frozenset({"user", "metadata", "service_tier", "safety_identifier"})
 IGNORED = {
@@ -52,7 +53,8 @@ NEVER = {
 
 
 class Refusal(ValueError):
-    """An answer other than 200, as OpenAI sends it: HTTP ``status`` and an error ``body``."""
+    """An answer other than 200, as OpenAI sends it: HTTP ``status``, ``headers`` and an error
+    ``body``."""
 
     def __init__(
         self,
@@ -62,9 +64,10 @@ class Refusal(ValueError):
         param: str | None = None,
         code: str | None = None,
         type: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers or {}
         self.body = msgspec.json.encode(
             {"error": {"message": message, "type": type, "param": param, "code": code}}
         )
@@ -72,7 +75,18 @@ class Refusal(ValueError):
 
 def unavailable(message: str) -> Refusal:
     """The service, not the request, is at fault."""
-    return Refusal(message, status=503, type="server_error", code="unavailable")
+    return Refusal(
+        message,
+        status=503,
+        type="server_error",
+        code="unavailable",
+        headers={"retry-after": RETRY_AFTER},
+    )
+
+
+def late(message: str) -> Refusal:
+    """The time that a request had is over."""
+    return Refusal(message, status=408, type="timeout_error", code="timeout")
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -201,3 +215,8 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool = True  # harmony ends an answer with its first call
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    tokens: list[int]

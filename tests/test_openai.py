@@ -663,6 +663,17 @@ def test_an_engines_failure_ends_a_stream_with_an_error() -> None:
     assert answer.fail(schema.unavailable("twice")) == b""
 
 
+def test_a_deadline_that_passes_in_the_engine_is_the_requests_own() -> None:
+    call = complete(stream=True)
+    answer = Reply(call)
+    late = Output(call.id, 0, 0, [], "timeout", "the deadline passed after 0 tokens")
+    (sent,) = events(answer.feed(late))
+    assert (sent["error"]["code"], sent["error"]["param"]) == ("timeout", None)
+    assert answer.failure is not None
+    assert answer.failure.status == 408
+    assert not answer.aborts
+
+
 def test_repeated_tokens_are_skipped_and_missing_ones_end_the_answer() -> None:
     answer = Reply(complete())
     hello = ids("hello world and all")

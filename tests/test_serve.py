@@ -16,10 +16,12 @@ from typing import Annotated, Any
 
 import httpx
 import msgspec
+import psutil
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
 
+from cluster.keys import sha256
 from tests.service import DEADLINE, ROOT, Service, free_port
 from workers.hub import BUNDLED
 
@@ -274,7 +276,8 @@ def test_documents_and_free_answers_at_once(client: OpenAI, service: Service) ->
         ("POST", "/v1/chat/completions", '{"messages": [], "stream": true}', 400, "messages"),
         ("GET", "/v1/models/nope", "", 404, "does not exist"),
         ("GET", "/nope", "", 404, "does not exist"),
-        ("DELETE", "/v1/models", "", 404, "does not exist"),
+        ("DELETE", "/v1/models", "", 405, "does not take DELETE"),
+        ("BREW", "/v1/models", "", 405, "no such method"),
     ],
 )
 def test_refusals_keep_their_status(
@@ -296,8 +299,39 @@ def test_what_people_and_machines_look_at(service: Service) -> None:
     found = msgspec.json.decode(said.stdout)
     assert found["ready"]
     assert [rank["rank"] for rank in found["engines"][0]["ranks"]] == [0, 1]
-    echoed = httpx.get(f"{service.url}/health", headers={"x-request-id": "mine"}, timeout=DEADLINE)
-    assert echoed.headers["x-request-id"] == "mine"
+
+
+def test_every_answer_has_a_request_id(service: Service) -> None:
+    """The client's, if it is short and printable."""
+
+    def named(path: str, *ids: bytes) -> str:
+        headers = [(b"x-request-id", id) for id in ids]
+        answer = httpx.get(service.url + path, headers=headers, timeout=DEADLINE)
+        (found,) = answer.headers.get_list("x-request-id")
+        assert answer.status_code == (200 if path == "/health" else 404)
+        return str(found)
+
+    for path in ("/health", "/nope"):
+        assert named(path, b"mine-1") == "mine-1"
+        assert named(path, b"x" * 128) == "x" * 128
+        made = [named(path, *ids) for ids in ([], [b"x" * 129], [b"a b"], [b"\xff"], [b"a", b"b"])]
+        assert len({*made}) == 5
+        assert all(id.isascii() and len(id) == 36 for id in made)
+
+
+def test_headers_that_serve_trips_over_do_no_harm(service: Service) -> None:
+    headers = {
+        b"x-request-timeout-seconds": b"\xff",
+        b"x-request-disconnect-disabled": b"\xff",
+        b"x-session-id": b"\xff",
+        b"serve_multiplexed_model_id": b"\xff",
+        b"connection": b"upgrade",
+        b"upgrade": b"websocket",
+        b"sec-websocket-key": b"dGhlIHNhbXBsZSBub25jZQ==",
+        b"sec-websocket-version": b"13",
+    }
+    answer = httpx.get(f"{service.url}/v1/models", headers=headers, timeout=DEADLINE)
+    assert answer.status_code == 200
 
 
 def test_a_client_that_leaves_frees_its_blocks(service: Service) -> None:
@@ -373,15 +407,68 @@ def test_a_killed_rank_ends_streams_and_comes_back(service: Service, rank: int) 
     service.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before))
 
 
+def test_a_killed_ingress_is_replaced_and_what_comes_meanwhile_gets_a_typed_answer(
+    service: Service,
+) -> None:
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    (ingress,) = [p for p in family if p.cmdline()[:1] == ["ray::ServeReplica:moeray:ingress"]]
+    ingress.kill()
+    statuses: list[int] = []
+
+    def answered() -> bool:
+        try:
+            answer = httpx.get(f"{service.url}/v1/models", timeout=DEADLINE)
+        except httpx.RemoteProtocolError:  # it was on its way over the connection that broke
+            return False
+        statuses.append(answer.status_code)
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "unavailable"
+            assert int(answer.headers["retry-after"]) > 0
+        return answer.status_code == 200 and bool(answer.json()["data"])
+
+    service.until(answered)
+    assert {*statuses} <= {200, 503}
+    service.until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
+
+
 def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> None:
-    flags = ("--device", "cpu", "--stream-interval", "16")
-    service = Service(tmp_path, *flags, RAY_SERVE_ENABLE_HA_PROXY="0")
+    """With API keys, which nobody gets to see."""
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[[key]]\nname = "c"\nsha256 = "{sha256("sesame-3")}"\n')
+    service = Service(
+        tmp_path,
+        *(
+            "--device",
+            "cpu",
+            "--stream-interval",
+            "16",
+            "--api-key",
+            "sesame-1",
+            "--api-key-file",
+            str(keys),
+        ),
+        RAY_SERVE_ENABLE_HA_PROXY="0",
+        MOERAY_API_KEY="sesame-2",
+    )
     try:
         service.wait_until_ready()
         assert "without HAProxy" in service.said()
+        driver = psutil.Process(service.process.pid)
+        family = driver.children(recursive=True)
+        assert not [p for p in [driver, *family] if "sesame" in " ".join(p.cmdline())]
+        assert not [p for p in family if "sesame" in str(p.environ())]
+        (home,) = {Path(p.cwd()).parent for p in family if "moeray-" in p.cwd()}
+        written = [path for path in home.rglob("*") if path.is_file()]
+        assert written
+        assert not [path for path in written if b"sesame" in path.read_bytes()]
+        assert httpx.get(f"{service.url}/health", timeout=DEADLINE).status_code == 200
+        assert httpx.get(f"{service.url}/status", timeout=DEADLINE).status_code == 401
+        for n in (1, 2, 3):
+            key = {"authorization": f"Bearer sesame-{n}"}
+            assert httpx.get(f"{service.url}/status", headers=key, timeout=DEADLINE).is_success
         body = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with httpx.stream(
-            "POST", f"{service.url}/v1/completions", json=body, timeout=DEADLINE
+            "POST", f"{service.url}/v1/completions", json=body, headers=key, timeout=DEADLINE
         ) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -392,6 +479,7 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
         assert done.result(2 * DEADLINE) == 0
     finally:
         service.stop()
+    assert "sesame" not in service.said()
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,8 @@ class EngineReplica:
         So Serve sees an ongoing request: it counts for scaling, holds back draining, and fails
         when this replica dies. ``replica`` is for the router.
         """
-        await asyncio.sleep(LEASE if deadline_ms is None else deadline_ms / 1000)
+        # The engine and the ingress are to say first that the time is over.
+        await asyncio.sleep(LEASE if deadline_ms is None else deadline_ms / 1000 + PING)
 
     async def check_health(self) -> None:
         """Every rank must answer. A lost one makes Serve replace the replica at once."""

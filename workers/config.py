@@ -5,7 +5,7 @@ Pure: nothing here touches a device, a file or a clock.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,6 +13,7 @@ Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "reference", "cpu", "triton"]
 DType = Literal["auto", "float32", "bfloat16"]
 KVDType = Literal["auto", "fp8"]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class KVGroup(msgspec.Struct, frozen=True):
@@ -72,6 +73,25 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int | None = None  # of requests that bring none; None: drawn for each
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one ingress takes; None: any number. Field names follow the command line's flags."""
+
+    max_concurrent_requests: Count | None = 2048
+    max_num_queued_reqs: Count | None = 1024  # sequences without their first token
+    max_num_queued_tokens: Count | None = None  # prompt tokens of those
+    max_body_size: Count = 32 << 20  # bytes
+    request_timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None  # seconds
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may ask; the key itself is known by its hash alone."""
+
+    name: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    max_concurrent_requests: Count | None = None
+    requests_per_minute: Count | None = None
+
+
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A service: models behind one HTTP endpoint."""
 
@@ -82,3 +102,6 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     replicas: int = 1
     stream_interval: int = 1  # tokens that are sent together, but the first and the last at once
     address: str | None = None  # of a running Ray cluster; None: start one here
+    limits: Limits = Limits()
+    api_keys: tuple[ApiKey, ...] = ()
+    api_key_file: str = ""  # more of them; empty: none

@@ -423,7 +423,7 @@ class Scheduler:
             if seq and seq.order[1] == number:
                 done = len(seq.tokens) - seq.prompt
                 self._outputs.append(
-                    self._finish(seq, "error", f"the deadline passed after {done} tokens")
+                    self._finish(seq, "timeout", f"the deadline passed after {done} tokens")
                 )
 
     def _finish(

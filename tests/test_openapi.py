@@ -1,0 +1,120 @@
+"""``/openapi.json`` is true: schemathesis asks for what it says, and for what it does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jsonschema_rs
+import msgspec
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+
+from tests.front import DEADLINE, Front
+
+# That all it describes can be served is not claimed: a prompt may be too long, a model unknown.
+EXCLUDED = ("positive_data_acceptance",)
+OPERATIONS = [
+    *("POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize", "POST /detokenize"),
+    *("GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /ready", "GET /metrics"),
+    *("GET /status", "GET /version"),  # it leaves out the document itself
+]
+
+
+@pytest.fixture(scope="module")
+def front() -> Iterator[Front]:
+    with Front() as front:
+        yield front
+        front.until(front.idle)
+
+
+@pytest.fixture(scope="module")
+def operations(front: Front) -> dict[str, Any]:
+    document = schemathesis.openapi.from_url(f"{front.url}/openapi.json")
+    found: list[Any] = [*document.get_all_operations()]
+    return {operation.ok().label: operation.ok() for operation in found}
+
+
+def ask(operation: Any, examples: int) -> None:
+    excluded = [schemathesis.checks.CHECKS.get_one(name) for name in EXCLUDED]
+    cases = st.one_of(
+        operation.as_strategy(GenerationMode.NEGATIVE),
+        operation.as_strategy(GenerationMode.POSITIVE, headers={"X-Request-Timeout": "20"}),
+    )
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[*HealthCheck],
+    )
+    @given(cases)
+    def each(case: Any) -> None:
+        case.call_and_validate(excluded_checks=excluded, timeout=DEADLINE)
+
+    each()
+
+
+def test_every_operation_is_there(operations: dict[str, Any], front: Front) -> None:
+    assert operations.keys() == {*OPERATIONS}
+    assert httpx.get(f"{front.url}/openapi.json").json()["openapi"] == "3.1.0"
+
+
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_answers_are_as_the_document_says(operations: dict[str, Any], label: str) -> None:
+    ask(operations[label], 60 if label.startswith("POST") else 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 3, "return_token_ids": True}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3, "stop_token_ids": [1]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "max_tokens": 3,
+                "return_token_ids": True,
+                "temperature": 2,
+            },
+        ),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/detokenize", {"tokens": [5, 6]}),
+    ],
+)
+def test_good_answers_are_as_it_says(front: Front, path: str, body: dict[str, Any]) -> None:
+    """Whole ones and, where it has them, streams: chunk for chunk."""
+    document = httpx.get(f"{front.url}/openapi.json").json()
+    kinds = document["paths"][path]["post"]["responses"]["200"]["content"]
+
+    def valid(schema: dict[str, Any]) -> Any:
+        return jsonschema_rs.validator_for(schema | {"components": document["components"]})
+
+    whole = valid(kinds["application/json"]["schema"])
+    answer = front.post(path, body)
+    assert answer.status_code == 200
+    whole.validate(answer.json())
+    assert not whole.is_valid({"id": 1})
+    if events := kinds.get("text/event-stream"):
+        chunk = valid(events["schema"]["properties"]["data"]["anyOf"][1]["contentSchema"])
+        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last, done = front.post(path, body | usage).text.strip().split("\n\n")
+        assert done == "data: [DONE]"
+        for each in [*chunks, last]:
+            chunk.validate(msgspec.json.decode(each.removeprefix("data: ")))
+        assert not chunk.is_valid({"id": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_answers_are_as_the_document_says_for_longer(
+    operations: dict[str, Any], label: str
+) -> None:
+    ask(operations[label], 1500 if label.startswith("POST") else 20)
