@@ -140,7 +140,9 @@ class Engines:
         for replica in self._links.keys() - found.keys():
             self._links[replica][1].set()
         for replica, about in found.items():
-            if replica not in self._links and "address" in about:
+            if replica in self._links:
+                self._links[replica][1].clear()  # it may be back before its last request ended
+            elif "address" in about:
                 unlisted = asyncio.Event()
                 connect = self._connect(replica, dict(about), unlisted)
                 self._links[replica] = asyncio.get_running_loop().create_task(connect), unlisted

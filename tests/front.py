@@ -32,6 +32,12 @@ LIMITS = Limits()
 KEY = b"the key of this service"
 
 
+def head(path: str, body: bytes, *headers: bytes, method: bytes = b"POST") -> bytes:
+    lines = [method + b" " + path.encode() + b" HTTP/1.1", b"Host: x", b"Connection: close"]
+    lines += [b"Content-Length: %d" % len(body), *headers, b"", b""]
+    return b"\r\n".join(lines)
+
+
 class Slow(FakeRunner):
     """Its steps take a while, if they are told to."""
 

@@ -15,10 +15,10 @@ import msgspec
 import psutil
 import pytest
 
-from cluster import exchange
+from cluster import directory, exchange
 from cluster.keys import sha256
 from cluster.reply import Reply
-from tests.front import DEADLINE, LENGTH, Front
+from tests.front import DEADLINE, LENGTH, Front, head
 from workers.channel import ChannelClosed, Link
 from workers.config import ApiKey, Limits
 from workers.wire import Output
@@ -40,12 +40,6 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         front: Front = request.getfixturevalue("front")
         front.runner.pause = 0.0
         front.until(front.idle)
-
-
-def head(path: str, body: bytes, *headers: bytes, method: bytes = b"POST") -> bytes:
-    lines = [method + b" " + path.encode() + b" HTTP/1.1", b"Host: x", b"Connection: close"]
-    lines += [b"Content-Length: %d" % len(body), *headers, b"", b""]
-    return b"\r\n".join(lines)
 
 
 def split(answer: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -432,6 +426,20 @@ def test_an_engine_that_was_lost_a_moment_ago(
     answer = front.complete()
     refused(answer, 503, "send the request again", "unavailable")
     assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_replica_that_is_listed_again_is_used_again(front: Front) -> None:
+    """Even where a request of its first time has not ended yet."""
+    front.runner.pause = 0.002
+    replicas = directory._replicas
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(front.post, "/v1/completions", LONG)
+        front.until(lambda: front.scheduler.load().running == 1)
+        directory.update({})
+        front.until(lambda: httpx.get(f"{front.url}/ready").status_code == 503)
+        directory.update(replicas)
+        assert long.result().text.endswith("data: [DONE]\n\n")
+    assert front.complete().status_code == 200
 
 
 def test_there_are_no_websockets(front: Front) -> None:

@@ -22,6 +22,7 @@ from openai import APIStatusError, BadRequestError, OpenAI, pydantic_function_to
 from pydantic import BaseModel, Field
 
 from cluster.keys import sha256
+from tests.front import head
 from tests.service import DEADLINE, ROOT, Service, free_port
 from workers.hub import BUNDLED
 
@@ -359,6 +360,27 @@ def test_a_client_that_leaves_frees_its_blocks(service: Service) -> None:
     service.until(lambda: service.metric("moeray_num_requests_running") == 0)
     service.until(lambda: service.metric("moeray_kv_blocks_used") == 0)
     assert service.metric("moeray_request_success_total", finished_reason="abort") >= 9
+
+
+def test_a_raw_client_that_drips_or_leaves_at_any_point(service: Service) -> None:
+    body = msgspec.json.encode(LONG)
+    request = head("/v1/completions", body) + body
+
+    def leave(after: int) -> None:
+        with socket.create_connection(("127.0.0.1", service.port), DEADLINE) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at in range(len(request)):
+                sock.sendall(request[at : at + 1])
+            seen = 0
+            while seen < after:
+                seen += len(sock.recv(after - seen))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, [0, 1, 9, 100, 300, 301, 700, 2000]))
+    service.until(lambda: service.metric("moeray_num_requests_running") == 0)
+    service.until(lambda: service.metric("moeray_num_requests_waiting") == 0)
+    service.until(lambda: service.metric("moeray_kv_blocks_used") == 0)
+    service.until(lambda: service.status()["requests"] == 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
