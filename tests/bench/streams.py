@@ -169,8 +169,8 @@ def cluster() -> Iterator[tuple[str, Callable[[int], None]]]:
             service._start_ray(config, home)
             serve.start(http_options=HTTPOptions(port=port), proxy_location="HeadOnly")
             yield f"http://127.0.0.1:{port}", deploy
-        finally:
             serve.shutdown()
+        finally:
             ray.shutdown()
             service._reap()
 
