@@ -15,12 +15,13 @@ from typing import Any
 
 import msgspec
 
-from cluster.harmony import CONTROL
 from cluster.schema import AllowedTools, ChatBody, JsonSchema, NamedTool, Refusal
 from cluster.text import Text
 from workers.grammar import trouble
 
 MAX_SCHEMAS = 64 << 10  # characters of JSON, all of a request's together
+# Control tokens of an answer, in the order of ``_harmony``.
+FRAME = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 OBJECT: Mapping[str, Any] = {"type": "object"}
 EMPTY: Mapping[str, Any] = {**OBJECT, "properties": {}, "additionalProperties": False}
@@ -90,7 +91,7 @@ _trouble = functools.lru_cache(maxsize=256)(trouble)
 
 def grammar(form: Form, text: Text, prompt: Sequence[int]) -> str:
     """What an answer to ``prompt`` must follow. Raises Refusal where the model cannot."""
-    if text.control.keys() >= set(CONTROL):
+    if text.control.keys() >= set(FRAME):
         return _harmony(form, text, prompt)
     if form.document is None:
         raise Refusal(
@@ -102,7 +103,7 @@ def grammar(form: Form, text: Text, prompt: Sequence[int]) -> str:
 
 
 def _harmony(form: Form, text: Text, prompt: Sequence[int]) -> str:
-    start, channel, message, end, over, call = (f"<[{text.control[name]}]>" for name in CONTROL)
+    start, channel, message, end, over, call = (f"<[{text.control[name]}]>" for name in FRAME)
     at = max((i for i, token in enumerate(prompt) if token == text.control["<|start|>"]), default=0)
     if text.decode(prompt[at + 1 :], skip_control=False) != "assistant":
         raise Refusal(

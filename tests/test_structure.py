@@ -284,7 +284,7 @@ def check_held(llm: LLM, held: Sequence[Request], tokens: dict[str, list[int]]) 
         jsonschema.validate(json.loads(said), random_schema(random.Random(100 + seed)))
 
 
-TIGHT: dict[str, Any] = {"kv_cache_memory": 900_000, "block_size": 4, "max_model_len": 330}
+TIGHT: dict[str, Any] = {"kv_cache_memory": 520_000, "block_size": 4, "max_model_len": 330}
 
 
 def test_nobody_can_tell_what_else_an_engine_does(
