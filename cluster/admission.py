@@ -88,7 +88,11 @@ class Admission:
     def weigh(self, ticket: Ticket, requests: int, tokens: int, now: float) -> None:
         """What a call turns out to be, before an engine hears of it. Raises Full."""
         ticket.requests, ticket.tokens = requests, tokens
-        self._check_queue(ticket, now)
+        try:
+            self._check_queue(ticket, now)
+        except Full:
+            self._live.remove(ticket)  # what was never served does not count as having left
+            raise
 
     def start(self, ticket: Ticket, now: float) -> None:
         """It has its first token."""
@@ -99,8 +103,9 @@ class Admission:
 
     def leave(self, ticket: Ticket, now: float) -> None:
         """It is over, however it ended."""
-        self._live.discard(ticket)
-        self._ended.note(1, now)
+        if ticket in self._live:
+            self._live.remove(ticket)
+            self._ended.note(1, now)
 
     def _check_key(self, key: ApiKey, now: float) -> None:
         own = [ticket for ticket in self._live if ticket.key == key.name]

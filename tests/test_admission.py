@@ -55,8 +55,24 @@ def test_the_queue_holds_what_has_no_token_yet() -> None:
     late = admission.enter(None, 3.0)
     with pytest.raises(Full, match="60 prompt tokens wait"):
         admission.weigh(late, 1, 41, 3.0)
+    assert len(admission) == 3, "it is gone, and its place with it"
     admission.leave(late, 3.0)
     admission.weigh(admission.enter(None, 3.0), 1, 40, 3.0)
+
+
+def test_refusals_do_not_look_like_progress() -> None:
+    """Who is turned away has freed no place for those who come again."""
+    admission = Admission(Limits(max_concurrent_requests=2, max_num_queued_reqs=1))
+    first = admission.enter(None, 0.0)
+    admission.start(first, 0.0)
+    admission.enter(None, 0.0)
+    for now in range(1, 50):
+        with pytest.raises(Full) as caught:
+            admission.enter(None, float(now))
+        assert caught.value.seconds == 5, "nothing has left yet"
+    admission.leave(first, 50.0)
+    with pytest.raises(Full):  # the queue is full still
+        admission.enter(None, 50.0)
 
 
 def test_when_to_come_again_follows_from_what_has_left() -> None:
