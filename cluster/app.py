@@ -14,19 +14,22 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from cluster import openai, openapi, structure, tokens
+from cluster import openai, openapi, responses, structure, tokens
 from cluster.admission import Admission, Full, Ticket
 from cluster.engines import Engines, Held, Lease
 from cluster.exchange import Disconnected, Exchange, Receive, Scope, Send
+from cluster.items import Response, input_items
 from cluster.keys import Keys
 from cluster.metrics import CONTENT_TYPE, Metrics
 from cluster.openai import Call, Model
 from cluster.reply import Reply, model_body, models_body
 from cluster.schema import Refusal, late
+from cluster.store import Shelf, Turn
 from cluster.text import Text
 from workers.config import ApiKey, Limits, ModelSpec
 from workers.wire import Output, Request
@@ -34,6 +37,7 @@ from workers.wire import Output, Request
 THREAD_BYTES = 16 << 10  # bodies longer than this are understood in a thread
 OPEN = ("/health", "/ready", "/metrics")  # no API key is needed for these
 MODEL = "/v1/models/"  # and a name
+RESPONSE = "/v1/responses/"  # and an id
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +106,9 @@ class Ingress:
         version: str,
         limits: Limits,
         keys: Keys,
+        shelf: Shelf,
     ) -> None:
+        self._shelf = shelf
         self._seed, self._version = spec.seed, version
         self._limits, self._keys = limits, keys
         self._engines = Engines(text, vocab_size, key, lease)
@@ -120,6 +126,7 @@ class Ingress:
         self._posts: Mapping[str, Answer] = {
             "/v1/completions": self._completions,
             "/v1/chat/completions": self._chat,
+            "/v1/responses": self._responses,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
         }
@@ -163,6 +170,8 @@ class Ingress:
         key, path = None, exchange.path
         if path not in OPEN:
             key = self._keys.allow(exchange.header("authorization"), time.monotonic())
+        if path.startswith(RESPONSE):
+            return await self._response(exchange, key.name if key else "")
         get = self._model if path.startswith(MODEL) else self._gets.get(path)
         post = self._posts.get(path)
         if get is not None and exchange.method in ("GET", "HEAD"):
@@ -170,14 +179,10 @@ class Ingress:
         elif post is not None and exchange.method == "POST":
             await self._post(exchange, key, post)
         elif get is not None or post is not None:
-            raise Refusal(
-                f"{path[:256]} does not take {exchange.method[:32]}",
-                status=405,
-                code="method_not_allowed",
-                headers={"allow": "POST" if post is not None else "GET, HEAD"},
-            )
+            raise _not_taken(exchange, "POST" if post is not None else "GET, HEAD")
         else:
             raise Refusal(f"{path[:256]} does not exist", status=404, code="not_found")
+        return None
 
     # What people and machines look at.
 
@@ -233,36 +238,97 @@ class Ingress:
         finally:
             self._admission.leave(ticket, time.monotonic())
 
-    async def _understand(self, body: bytes, read: Callable[[bytes, Mapping[str, Model]], T]) -> T:
-        """What ``read`` makes of a body, and of the models there are. Raises Refusal."""
-        models = await self._engines.known()
-        if len(body) > THREAD_BYTES:
-            return await asyncio.to_thread(read, body, models)
-        return read(body, models)
+    async def _understand(self, size: int, read: Callable[..., T], *arguments: Any) -> T:
+        """What ``read`` makes of ``size`` bytes. Raises Refusal."""
+        if size > THREAD_BYTES:
+            return await asyncio.to_thread(read, *arguments)
+        return read(*arguments)
 
     async def _tokenize(self, exchange: Exchange, asked: Asked) -> None:
-        await exchange.answer(200, await self._understand(asked.body, tokens.tokenize))
+        await self._convert(exchange, asked, tokens.tokenize)
 
     async def _detokenize(self, exchange: Exchange, asked: Asked) -> None:
-        await exchange.answer(200, await self._understand(asked.body, tokens.detokenize))
+        await self._convert(exchange, asked, tokens.detokenize)
+
+    async def _convert(
+        self, exchange: Exchange, asked: Asked, read: Callable[[bytes, Mapping[str, Model]], bytes]
+    ) -> None:
+        models = await self._engines.known()
+        body = await self._understand(len(asked.body), read, asked.body, models)
+        await exchange.answer(200, body)
 
     async def _completions(self, exchange: Exchange, asked: Asked) -> None:
-        await self._generate(exchange, asked, openai.completions)
+        call = await self._call(len(asked.body), openai.completions, asked.body)
+        await self._generate(exchange, asked, Reply(call))
 
     async def _chat(self, exchange: Exchange, asked: Asked) -> None:
-        await self._generate(exchange, asked, openai.chat)
+        call = await self._call(len(asked.body), openai.chat, asked.body)
+        await self._generate(exchange, asked, Reply(call))
 
-    async def _generate(
-        self, exchange: Exchange, asked: Asked, understand: Callable[..., Call]
-    ) -> None:
+    async def _responses(self, exchange: Exchange, asked: Asked) -> None:
+        size, owner = len(asked.body), asked.ticket.key
+        body = await self._understand(size, responses.read, asked.body)
+        turns: list[Turn] | None = []
+        if body.previous_response_id is not None:
+            turns = await self._shelf.turns(body.previous_response_id, owner)
+            if turns is None:
+                raise Refusal(
+                    f"Previous response with id '{body.previous_response_id[:64]}' not found.",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            size += sum(len(turn.input) + len(turn.output) for turn in turns)
+        reply = Response(await self._call(size, responses.understand, body, turns), body)
+
+        async def end() -> bytes:
+            return reply.end(body.store and await self._shelf.keep(reply.kept(owner)))
+
+        await self._generate(exchange, asked, reply, end)
+
+    async def _response(self, exchange: Exchange, owner: str) -> None:
+        """A response that was kept. Those of other API keys are not there."""
+        id, _, part = exchange.path.removeprefix(RESPONSE).partition("/")
+        missing = Refusal(
+            f"Response with id '{id[:64]}' not found.", status=404, code="response_not_found"
+        )
+        if part not in ("", "input_items"):
+            raise missing
+        if exchange.method == "DELETE" and not part:
+            if not await self._shelf.delete(id, owner):
+                raise missing
+            said = {"id": id, "object": "response", "deleted": True}
+            return await exchange.answer(200, msgspec.json.encode(said))
+        if exchange.method not in ("GET", "HEAD"):
+            raise _not_taken(exchange, "GET, HEAD" if part else "GET, HEAD, DELETE")
+        if part:
+            turns = await self._shelf.turns(id, owner)
+            body = None if turns is None else input_items(turns, exchange.query)
+        else:
+            body = await self._shelf.body(id, owner)
+        if body is None:
+            raise missing
+        return await exchange.answer(200, body)
+
+    async def _call(self, size: int, understand: Callable[..., Call], *arguments: Any) -> Call:
+        """What ``size`` bytes ask for. Raises Refusal."""
         named = {
             "id": uuid.uuid4().hex,
             "seed": random.getrandbits(62) if self._seed is None else self._seed,
             "now": int(time.time()),
         }
-        call = await self._understand(
-            asked.body, lambda body, models: understand(body, models, **named)
-        )
+        models = await self._engines.known()
+        return await self._understand(size, partial(understand, *arguments, models, **named))
+
+    async def _generate(
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        reply: Reply | Response,
+        end: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> None:
+        """``end``, where it is given, makes the last bytes of a stream."""
+        call = reply.call
+        exchange.failing = reply.fail
         try:
             size = sum(len(request.prompt) for request in call.requests)
             self._admission.weigh(asked.ticket, len(call.requests), size, time.monotonic())
@@ -276,7 +342,7 @@ class Ingress:
         try:
             for request in call.requests:
                 held[request.id] = await self._engines.submit(asked.timed(request), inbox.put)
-            await self._deliver(exchange, Reply(call), inbox, held, asked)
+            await self._deliver(exchange, reply, inbox, held, asked, end)
         finally:
             watch.cancel()
             for each in held.values():
@@ -285,7 +351,13 @@ class Ingress:
             await asyncio.gather(watch, *leases, return_exceptions=True)
 
     async def _deliver(
-        self, exchange: Exchange, reply: Reply, inbox: Inbox, held: dict[str, Held], asked: Asked
+        self,
+        exchange: Exchange,
+        reply: Reply | Response,
+        inbox: Inbox,
+        held: dict[str, Held],
+        asked: Asked,
+        end: Callable[[], Awaitable[bytes]] | None,
     ) -> None:
         """Outputs to the client until the answer is over."""
         last: dict[str, float] = {}
@@ -310,11 +382,22 @@ class Ingress:
             reply.aborts.clear()
             if reply.failure is not None and not exchange.status:
                 raise reply.failure
+            if reply.done and reply.failure is None and end is not None:
+                chunks.append(await end())
             if any(chunks):
                 await exchange.stream(b"".join(chunks), last=reply.done)
         self._metrics.whole.observe(time.monotonic() - asked.began)
         if not exchange.status:
             await exchange.answer(200, reply.body())
+
+
+def _not_taken(exchange: Exchange, methods: str) -> Refusal:
+    return Refusal(
+        f"{exchange.path[:256]} does not take {exchange.method[:32]}",
+        status=405,
+        code="method_not_allowed",
+        headers={"allow": methods},
+    )
 
 
 def _crowded(full: Full) -> Refusal:
@@ -339,8 +422,12 @@ class IngressReplica:
         limits: Limits,
         keys: tuple[ApiKey, ...],
         key_file: str,
+        store: Any,
         engines: Any,
     ) -> None:
+        async def ask(what: str, *arguments: Any) -> Any:
+            return await getattr(store, what).remote(*arguments)
+
         async def lease(replica: str, request: Request) -> None:
             tokens = len(request.prompt) + request.sampling.max_tokens
             held = engines.lease.remote(
@@ -353,7 +440,7 @@ class IngressReplica:
 
         text = Text(spec.model)
         self._app = Ingress(
-            spec, text, vocab_size, key, lease, version, limits, Keys(keys, key_file)
+            spec, text, vocab_size, key, lease, version, limits, Keys(keys, key_file), Shelf(ask)
         )
         # Makes the handle's router, which tells cluster/directory.py of replicas before any call.
         engines._init()

@@ -195,6 +195,14 @@ def serve(
             "changes.",
         ),
     ] = "",
+    response_store: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Where responses of /v1/responses are kept, also for the next service. Default: "
+            "they go with this one.",
+        ),
+    ] = "",
     max_concurrent_requests: Annotated[
         int, typer.Option(help="Most requests in progress; more get a 429. 0: any number.")
     ] = 2048,
@@ -272,7 +280,8 @@ def serve(
                 address=address or None,
                 limits=limits,
                 api_keys=_api_keys(),
-                api_key_file=str(Path(api_key_file).expanduser().resolve()) if api_key_file else "",
+                api_key_file=_absolute(api_key_file),
+                response_store=_absolute(response_store),
             ),
             on_ready=_ready,
         )
@@ -569,6 +578,10 @@ def _spec(kv_cache_memory: str, **fields: Any) -> ModelSpec:
     if fields["model"] and Path(fields["model"]).expanduser().exists():
         fields["model"] = str(Path(fields["model"]).expanduser().resolve())
     return _convert(ModelSpec, kv_cache_memory=memory, **fields)
+
+
+def _absolute(file: str) -> str:
+    return str(Path(file).expanduser().resolve()) if file else ""
 
 
 def _convert(kind: type[T], **fields: Any) -> T:

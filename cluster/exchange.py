@@ -33,7 +33,10 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: str = scope["query_string"].decode("latin-1")
         self.status = 0  # once the answer has begun
+        # The last words of a stream that fails.
+        self.failing: Callable[[Refusal], bytes] = lambda refusal: b""
         self._streams = self._ended = False
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive, self._send = receive, send
@@ -94,8 +97,7 @@ class Exchange:
         if not self.status:
             await self.answer(refusal.status, refusal.body, headers=refusal.headers)
         elif not self._ended:
-            event = b"data: " + refusal.body + b"\n\n" if self._streams else b""
-            await self.stream(event, last=True)
+            await self.stream(self.failing(refusal) if self._streams else b"", last=True)
 
     async def answer(
         self, status: int, body: bytes, kind: str = JSON, headers: dict[str, str] | None = None

@@ -51,6 +51,8 @@ class Delta(msgspec.Struct, frozen=True):
 
 
 class Splitter(Protocol):
+    thoughts: int  # tokens of reasoning so far
+
     @property
     def kind(self) -> Kind | None:
         """What the next token's text will be; None where that is not known yet."""
@@ -65,6 +67,7 @@ class Splitter(Protocol):
 class Plain:
     """For models without channels: everything is content."""
 
+    thoughts = 0
     kind: Kind = "content"
 
     def __init__(self, text: Text, skip_control: bool = True) -> None:
@@ -92,7 +95,7 @@ class Harmony:
         self._header: list[list[int]] = [[]]  # its text, cut at control tokens
         self._channel = 0  # which part names the channel; 0: none so far
         self._count = 0  # tokens in the header
-        self._calls = 0
+        self.thoughts = self._calls = 0
         self._deltas: list[Delta] = []
         self._said: set[Kind] = set()  # kinds that have text
         self._break: set[Kind] = set()  # kinds whose next text is another message's
@@ -106,6 +109,7 @@ class Harmony:
             self._carry = [delta for delta in self._deltas if delta.name]
             self._given = self._count
             self._said.clear()
+            self.thoughts = 0
 
     @property
     def kind(self) -> Kind | None:
@@ -114,12 +118,14 @@ class Harmony:
     def feed(self, tokens: Sequence[int]) -> list[Delta]:
         self._deltas, self._carry = self._carry, []
         if self._kind is not None and self._control.isdisjoint(tokens):
+            self.thoughts += len(tokens) if self._kind == "reasoning" else 0
             self._say(self._detokenizer.feed(tokens))
             return _merge(self._deltas)
         for token in tokens:
             if token in self._control:
                 self._turn(self._roles.get(token, ""))
             elif self._kind is not None:
+                self.thoughts += self._kind == "reasoning"
                 self._say(self._detokenizer.feed((token,)))
             else:
                 self._header[-1].append(token)

@@ -80,14 +80,19 @@ def completions(body: bytes, models: Mapping[str, Model], *, id: str, seed: int,
 
 def chat(body: bytes, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
     """The call that a body of POST /v1/chat/completions asks for; as ``completions``."""
-    asked, model, prompt = chat_prompt(body, models)
+    return converse(chat_body(body), models, id=f"chatcmpl-{id}", seed=seed, now=now)
+
+
+def converse(asked: ChatBody, models: Mapping[str, Model], *, id: str, seed: int, now: int) -> Call:
+    """The call that a conversation asks for, whichever way it was put; as ``completions``."""
+    model, prompt = chat_prompt(asked, models)
     form = structure.understand(asked)
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise Refusal(
             "send max_completion_tokens or max_tokens, not both", param="max_completion_tokens"
         )
     limit = _given(asked.max_completion_tokens, asked.max_tokens)
-    call = _call(f"chatcmpl-{id}", "chat", model, asked, [prompt], limit, seed, now)
+    call = _call(id, "chat", model, asked, [prompt], limit, seed, now)
     return call if form is None else _held(call, form)
 
 
@@ -95,7 +100,7 @@ def text_prompts(
     body: bytes, models: Mapping[str, Model]
 ) -> tuple[CompletionsBody, Model, list[list[int]]]:
     """A body of POST /v1/completions, its model and the ids of its prompts. Raises Refusal."""
-    asked = convert(_fields(body, "completions"), CompletionsBody)
+    asked = convert(fields(body, "completions", CompletionsBody), CompletionsBody)
     model = find(asked.model, models)
     prompts: list[list[int]] = []
     for at, prompt in enumerate(_prompts(asked.prompt)):
@@ -112,9 +117,13 @@ def text_prompts(
     return asked, model, prompts
 
 
-def chat_prompt(body: bytes, models: Mapping[str, Model]) -> tuple[ChatBody, Model, list[int]]:
-    """A body of POST /v1/chat/completions, its model and the ids of its prompt. Raises Refusal."""
-    asked = convert(_fields(body, "chat"), ChatBody)
+def chat_body(body: bytes) -> ChatBody:
+    """A body of POST /v1/chat/completions. Raises Refusal."""
+    return convert(fields(body, "chat", ChatBody), ChatBody)
+
+
+def chat_prompt(asked: ChatBody, models: Mapping[str, Model]) -> tuple[Model, list[int]]:
+    """The model of a conversation and the ids of its prompt. Raises Refusal."""
     model = find(asked.model, models)
     if not asked.messages:
         raise Refusal("messages must not be empty", param="messages")
@@ -131,7 +140,7 @@ def chat_prompt(body: bytes, models: Mapping[str, Model]) -> tuple[ChatBody, Mod
         prompt = render(model.text, messages, shown, **options)
     except (NoTokenizer, ChatTemplateError) as error:
         raise Refusal(str(error), param="messages") from error
-    return asked, model, prompt
+    return model, prompt
 
 
 def find(name: str | None, models: Mapping[str, Model]) -> Model:
@@ -174,13 +183,12 @@ def decode(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _fields(body: bytes, kind: Kind) -> dict[str, Any]:
-    """The body's fields without those that are null or ignored; refuses what is not served."""
-    fields = decode(body)
-    known = (CompletionsBody if kind == "completions" else ChatBody).__struct_fields__
+def fields(body: bytes, kind: Kind, served: type[msgspec.Struct]) -> dict[str, Any]:
+    """The body's fields without those that are null or ignored; refuses what is not ``served``."""
+    known = served.__struct_fields__
     asked = {}
     unknown = []
-    for name, value in fields.items():
+    for name, value in decode(body).items():
         if name in known:
             if value is not None:
                 asked[name] = value
@@ -213,16 +221,20 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 64 else text[:61] + "..."
 
 
-def convert(fields: dict[str, Any], kind: type[_T]) -> _T:
-    """A body's fields as what is known of them. Raises Refusal."""
+def convert(fields: dict[str, Any], kind: type[_T], where: str = "") -> _T:
+    """A body's fields, or those of what is ``where`` in it, as what is known of them.
+
+    Raises Refusal.
+    """
     try:
         return msgspec.convert(fields, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         what, _, path = str(error).partition(" - at `$")
         named = re.search(r"field `(\w+)`", what)
-        param = path.strip("`.") or (named[1] if named else None)
+        at = ".".join(filter(None, [where, path.strip("`.")]))
+        param = at or (named[1] if named else None)
         raise Refusal(
-            f"{path.strip('`.') + ': ' if path else ''}{what[:200]}".replace("`", "'"), param=param
+            f"{at + ': ' if at else ''}{what[:200]}".replace("`", "'"), param=param
         ) from error
 
 

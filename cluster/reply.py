@@ -73,6 +73,7 @@ class _Usage(msgspec.Struct, gc=False):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[str, int]
+    completion_tokens_details: dict[str, int]
 
 
 class _Body(msgspec.Struct, gc=False):
@@ -119,6 +120,11 @@ class Choice:
             self._attribution = Attribution(text, self._splitter, call.skip_control)
         if request.emitted:
             self._show(request.emitted, ())
+
+    @property
+    def thoughts(self) -> int:
+        """Tokens of the reasoning."""
+        return self._splitter.thoughts
 
     @property
     def content(self) -> str:
@@ -401,7 +407,14 @@ class Reply:
         prompt = sum(len(choice.request.prompt) for choice in first)
         answer = sum(len(choice.emitted) for choice in self.choices.values())
         cached = sum(choice.cached for choice in first)
-        return _Usage(prompt, answer, prompt + answer, {"cached_tokens": cached})
+        thoughts = sum(choice.thoughts for choice in self.choices.values())
+        return _Usage(
+            prompt,
+            answer,
+            prompt + answer,
+            {"cached_tokens": cached},
+            {"reasoning_tokens": thoughts},
+        )
 
 
 def models_body(models: Mapping[str, Model]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-Kind = Literal["completions", "chat"]
+Kind = Literal["completions", "chat", "responses"]
 RETRY_AFTER = "5"  # seconds in which an engine may have started again
 
 COMMON_IGNORED = frozenset({"user", "metadata", "service_tier", "safety_identifier"})
@@ -17,6 +17,8 @@ IGNORED = {
     "completions": COMMON_IGNORED,
     "chat": COMMON_IGNORED
     | {"store", "verbosity", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"},
+    "responses": (COMMON_IGNORED - {"metadata"})
+    | {"max_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"},
 }
 # Refused unless null or one of these values, which mean what is done anyway.
 _LATER: dict[str, tuple[Any, ...]] = {
@@ -34,6 +36,12 @@ LATER = {
         "continue_final_message": (False,),
         "add_generation_prompt": (True,),
     },
+    "responses": {
+        "background": (False,),
+        "background_options": (),
+        "conversation": (),
+        "truncation": ("disabled",),
+    },
 }
 NEVER = {
     "completions": _NEVER | {"best_of": (1,), "suffix": ("",)},
@@ -49,6 +57,8 @@ NEVER = {
         "documents": ([],),
         "echo": (False,),
     },
+    "responses": _NEVER
+    | {"access_programs": (), "context_management": ([],), "image": (), "prompt": ()},
 }
 
 
@@ -67,7 +77,8 @@ class Refusal(ValueError):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, headers or {}
+        self.message, self.status, self.headers = message, status, headers or {}
+        self.param, self.code, self.type = param, code, type
         self.body = msgspec.json.encode(
             {"error": {"message": message, "type": type, "param": param, "code": code}}
         )

@@ -33,6 +33,7 @@ import msgspec
 import psutil
 
 from cluster import haproxy, keys
+from cluster.store import Store
 from workers import hub
 from workers.architecture import parse
 from workers.config import ApiKey, ModelSpec, ServiceConfig
@@ -75,7 +76,9 @@ def serve(
         try:
             _start_ray(config, home)
             catch_signals()  # Ray has put its own handlers in place
-            _run(config, _place(spec, ray.cluster_resources()), vocab_size, stop, hurry, on_ready)
+            spec = _place(spec, ray.cluster_resources())
+            store = _store(config.response_store or str(home / "responses.db"))
+            _run(config, spec, vocab_size, store, stop, hurry, on_ready)
         finally:
             ray.shutdown()
             _reap()
@@ -121,6 +124,8 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
         raise StartupError("data_parallel_size above 1 is not available yet")
     if config.api_key_file:
         keys.read(config.api_key_file)
+    if config.response_store:
+        Store(config.response_store).close()
     if config.address is None:
         _check_port(config.host, config.port)
     directory = hub.resolve(model.model, model.revision)
@@ -289,6 +294,7 @@ def _run(
     config: ServiceConfig,
     spec: ModelSpec,
     vocab_size: int,
+    store: Any,
     stop: threading.Event,
     hurry: threading.Event,
     on_ready: Callable[[str, list[dict[str, Any]]], None],
@@ -307,7 +313,7 @@ def _run(
             http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly"
         )
         target = ray_serve.RunTarget(
-            _application(config, spec, vocab_size), name=config.name, route_prefix="/"
+            _application(config, spec, vocab_size, store), name=config.name, route_prefix="/"
         )
         ray_serve.run_many(
             [target],
@@ -331,7 +337,25 @@ def _run(
                 ray_serve.delete(config.name)
 
 
-def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int) -> Any:
+def _store(path: str) -> Any:
+    """The actor that keeps responses: on this node, where its file is, for as long as we live.
+
+    Ray starts it again when it dies; the file is still there.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    options = {
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": 1,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
+    }
+    return ray.remote(Store).options(**options).remote(path)
+
+
+def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int, store: Any) -> Any:
     from ray import serve as ray_serve
     from ray.serve.config import RequestRouterConfig
 
@@ -380,6 +404,7 @@ def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int) -> Any
         config.limits,
         config.api_keys,
         config.api_key_file,
+        store,
         engines,
     )
 

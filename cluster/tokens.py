@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cluster.openai import Model, chat_prompt, convert, decode, find, text_prompts
+from cluster.openai import Model, chat_body, chat_prompt, convert, decode, find, text_prompts
 from cluster.schema import DetokenizeBody, Refusal
 
 
@@ -23,7 +23,7 @@ class Detokenized(msgspec.Struct):
 def tokenize(body: bytes, models: Mapping[str, Model]) -> bytes:
     """The ids of the prompt that a body of either generating endpoint makes. Raises Refusal."""
     if "messages" in decode(body):
-        _, model, ids = chat_prompt(body, models)
+        model, ids = chat_prompt(chat_body(body), models)
     else:
         _, model, prompts = text_prompts(body, models)
         if len(prompts) > 1:

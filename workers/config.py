@@ -105,3 +105,4 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     limits: Limits = Limits()
     api_keys: tuple[ApiKey, ...] = ()
     api_key_file: str = ""  # more of them; empty: none
+    response_store: str = ""  # file of kept responses; empty: one that goes with the service
