@@ -173,7 +173,7 @@ class Response:
         body = self._body()
         name = body.id.removeprefix("resp_")
         asked: list[Json] = [
-            {"id": f"in_{name}_{at}", "status": "completed"} | item
+            dict(id=f"in_{name}_{at}", status="completed") | item
             for at, item in enumerate(self._asked.input)
         ]
         return Kept(
@@ -206,7 +206,9 @@ class Response:
         call_id = f"call_{name}" if delta.kind == "call" else ""
         item = _Item(delta.kind, f"{TYPES[delta.kind][1]}_{name}", delta.name, call_id)
         self._items.append(item)
-        empty = self._shown(item) | ({} if delta.kind == "call" else {"content": []})
+        empty = self._shown(item)
+        if delta.kind != "call":
+            empty["content"] = []
         events = [self._event("response.output_item.added", output_index=number, item=empty)]
         if delta.kind != "call":
             events.append(self._about("response.content_part.added", part=self._part(item)))
@@ -280,14 +282,14 @@ class Response:
     def _lifecycle(self, name: str) -> bytes:
         return self._event(f"response.{name}", response=self._body())
 
-    def _about(self, name: str, **fields: Any) -> bytes:
+    def _about(self, name: str, /, **fields: Any) -> bytes:
         """An event about the last item's text."""
         at: Json = {"item_id": self._items[-1].id, "output_index": len(self._items) - 1}
         if self._items[-1].kind != "call":
             at["content_index"] = 0
         return self._event(name, **at, **fields)
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         event = {"type": name, "sequence_number": self._number} | fields
         self._number += 1
         return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(event))
@@ -324,7 +326,8 @@ class Response:
             read, written = len(choice.request.prompt), len(choice.emitted)
             body.usage = Usage(
                 input_tokens=read,
-                input_tokens_details={"cached_tokens": choice.cached},
+                # Prefixes are cached anyway; nothing is written because it was asked for.
+                input_tokens_details={"cached_tokens": choice.cached, "cache_write_tokens": 0},
                 output_tokens=written,
                 output_tokens_details={"reasoning_tokens": choice.thoughts},
                 total_tokens=read + written,

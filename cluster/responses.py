@@ -290,7 +290,7 @@ def _chat(asked: ResponsesBody, messages: list[Json]) -> Json:
         "max_completion_tokens": asked.max_output_tokens,
         "tools": [_tool(f"tools[{at}]", tool) for at, tool in enumerate(asked.tools)],
         "tool_choice": _choice(asked.tool_choice),
-        "parallel_tool_calls": asked.parallel_tool_calls,
+        "parallel_tool_calls": None if asked.parallel_tool_calls else False,
         "reasoning_effort": asked.reasoning.effort if asked.reasoning else None,
         "response_format": _format(asked.text.format if asked.text else None),
         "logprobs": LOGPROBS in asked.include,
