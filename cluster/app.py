@@ -38,6 +38,7 @@ THREAD_BYTES = 16 << 10  # bodies longer than this are understood in a thread
 OPEN = ("/health", "/ready", "/metrics")  # no API key is needed for these
 MODEL = "/v1/models/"  # and a name
 RESPONSE = "/v1/responses/"  # and an id
+PAGE = {"after", "include", "limit", "order"}  # in queries; all that may be included is there
 
 log = logging.getLogger(__name__)
 
@@ -300,6 +301,10 @@ class Ingress:
             return await exchange.answer(200, msgspec.json.encode(said))
         if exchange.method not in ("GET", "HEAD"):
             raise _not_taken(exchange, "GET, HEAD" if part else "GET, HEAD, DELETE")
+        unknown = exchange.query.keys() - (PAGE if part else {"include"})
+        if unknown and exchange.query != {"stream": "false"}:
+            name = min(unknown)[:64]
+            raise Refusal(f"the query {name!r} is not supported", param=name)
         if part:
             turns = await self._shelf.turns(id, owner)
             body = None if turns is None else input_items(turns, exchange.query)

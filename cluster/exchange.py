@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import urllib.parse
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
@@ -33,7 +34,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.query: str = scope["query_string"].decode("latin-1")
+        self.query = dict(urllib.parse.parse_qsl(scope["query_string"].decode("latin-1")))
         self.status = 0  # once the answer has begun
         # The last words of a stream that fails.
         self.failing: Callable[[Refusal], bytes] = lambda refusal: b""

@@ -6,8 +6,7 @@ As in ``cluster/reply.py`` a whole body is the fold of what a stream would have 
 from __future__ import annotations
 
 import time
-import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -117,6 +116,7 @@ class Response:
     def __init__(self, call: Call, asked: ResponsesBody) -> None:
         self.call = call
         self.done = False
+        self._over = False  # its last event has been made
         self.failure: Refusal | None = None
         self.aborts: list[str] = []
         (request,) = call.requests
@@ -152,17 +152,18 @@ class Response:
 
     def fail(self, failure: Refusal, engine_knows: bool = False) -> bytes:
         """End the answer with an error; gives a stream's last events."""
-        if self.done:
+        if self._over:
             return b""
-        self.done, self.failure, self._status = True, failure, "failed"
-        if not engine_knows:
+        self.done = self._over = True
+        self.failure, self._status = failure, "failed"
+        if self.choice.reason is None and not engine_knows:
             self.aborts.append(self.choice.request.id)
         error = {"code": failure.code, "message": failure.message, "param": failure.param}
         return self._sent([self._event("error", **error), self._lifecycle("failed")])
 
     def end(self, kept: bool) -> bytes:
         """The last event of a stream."""
-        self._store = kept
+        self._store, self._over = kept, True
         return self._sent([self._lifecycle(self._status)])
 
     def body(self) -> bytes:
@@ -172,9 +173,9 @@ class Response:
         """What is kept of it, once it is done without failure."""
         body = self._body()
         name = body.id.removeprefix("resp_")
-        asked: list[Json] = [
-            dict(id=f"in_{name}_{at}", status="completed") | item
-            for at, item in enumerate(self._asked.input)
+        asked = [
+            {"id": f"in_{name}_{at}", "status": "completed", **item}
+            for at, item in enumerate(self._asked.items)
         ]
         return Kept(
             id=body.id,
@@ -335,12 +336,11 @@ class Response:
         return body
 
 
-def input_items(turns: Sequence[Turn], query: str) -> bytes:
+def input_items(turns: Sequence[Turn], asked: Mapping[str, str]) -> bytes:
     """A page of what a response was made from: all of its conversation but its own output.
 
-    ``query`` is OpenAI's: ``limit``, ``order``, ``after``. Raises Refusal.
+    ``asked`` is OpenAI's query: ``limit``, ``order``, ``after``. Raises Refusal.
     """
-    asked = dict(urllib.parse.parse_qsl(query))
     limit, order = asked.get("limit", "20"), asked.get("order", "desc")
     if not limit.isdecimal() or not 1 <= int(limit[:9]) <= 100:
         raise Refusal("limit must be from 1 to 100", param="limit")

@@ -87,6 +87,12 @@ class ResponsesBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     priority: int = 0
     cache_salt: str = ""
 
+    @property
+    def items(self) -> list[Json]:
+        """The input of a body that has been read."""
+        assert not isinstance(self.input, str)
+        return self.input
+
 
 class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A piece of text; what an answer has beside it may be sent back and says nothing."""
@@ -150,7 +156,7 @@ def read(body: bytes) -> ResponsesBody:
     if isinstance(asked.input, str):
         asked.input = [{"role": "user", "content": asked.input}]
     asked.input = [_given(item) for item in asked.input]
-    for at, item in enumerate(asked.input):
+    for at, item in enumerate(asked.items):
         if "role" in item:
             item.setdefault("type", "message")
         known = _item(f"input[{at}]", item)
@@ -184,7 +190,7 @@ def understand(
     """The call that a body asks for after the earlier ``turns`` of its conversation; as
     ``openai.chat``."""
     earlier = conversation(turns)
-    items = [_item("input", item) for item in [*earlier, *asked.input]]
+    items = [_item("input", item) for item in [*earlier, *asked.items]]
     try:
         chat = openai.convert(_chat(asked, _messages(items, -len(earlier))), ChatBody)
         return openai.converse(chat, models, id=f"resp_{id}", seed=seed, now=now)

@@ -23,7 +23,7 @@ from cluster.schema import unavailable
 
 MOST_BYTES = 1 << 30  # of all that is kept; what was used longest ago goes first
 MOST_SECONDS = 30 * 86400.0  # without having been used
-LONGEST = 64 << 20  # bytes of a conversation
+LONGEST = 32 << 20  # bytes of a conversation
 SECONDS = 10.0  # in which the store answers
 NAME = re.compile("resp_[0-9a-zA-Z]{1,64}")
 

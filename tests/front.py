@@ -15,6 +15,7 @@ import uvicorn
 from cluster import directory
 from cluster.app import Ingress
 from cluster.keys import Keys
+from cluster.store import Shelf
 from cluster.text import Text
 from tests.fakes import FakeRunner
 from workers.channel import ChannelServer
@@ -50,8 +51,13 @@ class Slow(FakeRunner):
 
 class Front:
     def __init__(
-        self, limits: Limits = LIMITS, keys: tuple[ApiKey, ...] = (), key_file: str = ""
+        self,
+        limits: Limits = LIMITS,
+        keys: tuple[ApiKey, ...] = (),
+        key_file: str = "",
+        store: Any = None,
     ) -> None:
+        self.store = store
         config = SchedulerConfig(
             max_num_seqs=SEQUENCES,
             max_num_batched_tokens=64,
@@ -83,6 +89,9 @@ class Front:
         assert not self._thread.is_alive()
         assert self._engine.trouble() == "the engine was shut down"
 
+    async def _ask(self, what: str, *arguments: Any) -> Any:
+        return await asyncio.to_thread(getattr(self.store, what), *arguments)
+
     def _publish(self, outputs: list[Output], load: Any) -> None:
         self._channel.publish(outputs, load)
 
@@ -106,7 +115,15 @@ class Front:
             await asyncio.sleep(3600)
 
         self._ingress = Ingress(
-            ModelSpec(seed=0), Text(BUNDLED), VOCAB, KEY, lease, "1", self._limits, self._keys
+            ModelSpec(seed=0),
+            Text(BUNDLED),
+            VOCAB,
+            KEY,
+            lease,
+            "1",
+            self._limits,
+            self._keys,
+            Shelf(self._ask),
         )
         self._server = uvicorn.Server(
             uvicorn.Config(self._ingress, log_config=None, ws="none", timeout_graceful_shutdown=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,10 +25,7 @@ CONTROL = [f"<|{name}|>" for name in (*CONTROL_NAMES, "message", "call", "endofp
 
 @pytest.fixture(scope="session")
 def text() -> Text:
-    if lacking := vocabularies.lacking():
-        if os.environ.get("MOERAY_NEEDS_VOCABULARY"):
-            pytest.fail(lacking)
-        pytest.skip(lacking)
+    vocabularies.require()
     return Text(vocabularies.GPT_OSS)
 
 

@@ -1,0 +1,204 @@
+"""Clients written for OpenAI's Responses API, before the whole service: the official ones in Python
+and JavaScript, and openai-agents."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import agents
+import psutil
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+
+from tests import vocabularies
+from tests.service import DEADLINE, Service
+
+ASK = "Call get_weather with city Paris."
+TOOL: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Weather now",
+    "strict": False,
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+RESULT = '{"temperature": 21}'
+
+
+@pytest.fixture
+def client(service: Service) -> OpenAI:
+    return OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE)
+
+
+def test_an_answer_and_what_it_took(client: OpenAI) -> None:
+    made = client.responses.create(model="tiny-oss", input="What is 17 + 25?")
+    assert (made.output_text, made.status) == ("42", "completed")
+    thought, said = made.output
+    assert thought.type == "reasoning"
+    assert thought.content
+    assert said.type == "message"
+    assert made.usage is not None
+    assert 0 < made.usage.output_tokens_details.reasoning_tokens < made.usage.output_tokens
+
+
+def test_a_stream_of_typed_events(client: OpenAI) -> None:
+    whole = client.responses.create(model="tiny-oss", input="What is 17 + 25?")
+    kinds: list[str] = []
+    said = thought = ""
+    with client.responses.stream(model="tiny-oss", input="What is 17 + 25?") as stream:
+        for number, event in enumerate(stream):
+            kinds.append(event.type)
+            if event.type == "response.output_text.delta":
+                said += event.delta
+                assert event.snapshot == said
+            elif event.type == "response.reasoning_text.delta":
+                thought += event.delta
+            assert event.sequence_number == number
+        final = stream.get_final_response()
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+    assert (said, final.output_text) == ("42", "42")
+    first = whole.output[0]
+    assert first.type == "reasoning"
+    assert first.content
+    assert thought == first.content[0].text
+    assert client.responses.retrieve(final.id).output_text == "42", "kept before the stream ended"
+
+
+def test_a_tools_loop_by_the_store(client: OpenAI) -> None:
+    first = client.responses.create(model="tiny-oss", input=ASK, tools=[TOOL])
+    call = first.output[-1]
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": RESULT}
+    last = client.responses.create(
+        model="tiny-oss", input=[result], tools=[TOOL], previous_response_id=first.id
+    )
+    assert last.output_text == "The temperature is 21."
+    back: Any = [{"role": "user", "content": ASK}, *first.output, result]
+    stateless = client.responses.create(model="tiny-oss", input=back, tools=[TOOL], store=False)
+    assert stateless.output_text == last.output_text
+    assert stateless.usage is not None
+    assert last.usage is not None
+    assert stateless.usage.input_tokens == last.usage.input_tokens
+    with pytest.raises(NotFoundError):
+        client.responses.retrieve(stateless.id)
+    client.responses.delete(first.id)
+    with pytest.raises(NotFoundError):
+        client.responses.retrieve(first.id)
+    with pytest.raises(BadRequestError):
+        client.responses.create(model="tiny-oss", input="a", previous_response_id=last.id)
+
+
+def test_many_at_once_and_one_that_leaves(service: Service) -> None:
+    async def run() -> None:
+        async with AsyncOpenAI(
+            base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE
+        ) as client:
+
+            async def ask(a: int) -> str:
+                question = f"What is {a} + 25?"
+                return (await client.responses.create(model="tiny-oss", input=question)).output_text
+
+            async def leave() -> None:
+                stream = await client.responses.create(
+                    model="tiny-oss", input="hello", stream=True, extra_body={"ignore_eos": True}
+                )
+                async for event in stream:
+                    if event.type == "response.output_text.delta":
+                        break
+                await stream.close()
+
+            answers, _ = await asyncio.gather(
+                asyncio.gather(*[ask(a) for a in range(10, 20)]), leave()
+            )
+            assert answers == [str(a + 25) for a in range(10, 20)]
+
+    asyncio.run(run())
+    service.until(lambda: service.metric("moeray_num_requests_running") == 0)
+    service.until(lambda: service.metric("moeray_kv_blocks_used") == 0)
+
+
+def test_responses_outlive_the_stores_process(service: Service, client: OpenAI) -> None:
+    made = client.responses.create(model="tiny-oss", input="What is 17 + 25?")
+    found = psutil.Process(service.process.pid).children(recursive=True)
+    (actor,) = [process for process in found if "ray::Store" in " ".join(process.cmdline())]
+    actor.kill()
+    actor.wait(DEADLINE)
+    assert client.responses.retrieve(made.id).output_text == "42"
+    after = client.responses.create(
+        model="tiny-oss", input="Spell sun.", previous_response_id=made.id
+    )
+    assert client.responses.retrieve(after.id).output_text == "s-u-n"
+
+
+@pytest.mark.parametrize("kind", [agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel])
+def test_an_agent_uses_its_tool(service: Service, kind: Any) -> None:
+    asked: list[str] = []
+
+    @agents.function_tool(strict_mode=False)
+    def get_weather(city: str) -> str:
+        """Weather now"""
+        asked.append(city)
+        return RESULT
+
+    async def run() -> str:
+        async with AsyncOpenAI(
+            base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE
+        ) as client:
+            agent = agents.Agent(
+                name="tiny", model=kind(model="tiny-oss", openai_client=client), tools=[get_weather]
+            )
+            config = agents.RunConfig(tracing_disabled=True)
+            done = await agents.Runner.run(agent, ASK, max_turns=3, run_config=config)
+            return str(done.final_output)
+
+    assert asyncio.run(run()) == "The temperature is 21."
+    assert asked == ["Paris"]
+
+
+SCRIPT = """
+import OpenAI from %s;
+import assert from "node:assert/strict";
+const client = new OpenAI({baseURL: process.argv[2], apiKey: "none", maxRetries: 0});
+const model = "tiny-oss", question = "What is 17 + 25?";
+const messages = [{role: "user", content: question}];
+const chat = await client.chat.completions.create({model, messages});
+assert.equal(chat.choices[0].message.content, "42");
+const runner = client.chat.completions.stream({model, messages});
+assert.equal(await runner.finalContent(), "42");
+let said = "";
+for await (const event of await client.responses.create({model, input: question, stream: true}))
+  if (event.type === "response.output_text.delta") said += event.delta;
+assert.equal(said, "42");
+const stream = client.responses.stream({model, input: %s, tools: [%s]});
+const called = await stream.finalResponse();
+const call = called.output.at(-1);
+assert.deepEqual(JSON.parse(call.arguments), {city: "Paris"});
+const result = {type: "function_call_output", call_id: call.call_id, output: %s};
+const last = await client.responses.create(
+  {model, input: [result], tools: [%s], previous_response_id: called.id});
+assert.equal(last.output_text, "The temperature is 21.");
+assert.equal((await client.responses.retrieve(last.id)).output_text, last.output_text);
+await client.responses.delete(last.id);
+await assert.rejects(client.responses.retrieve(last.id), OpenAI.NotFoundError);
+"""
+
+
+def test_the_javascript_client(service: Service, tmp_path: Path) -> None:
+    vocabularies.require()
+    module = vocabularies.JAVASCRIPT / "index.mjs"
+    script = tmp_path / "client.mjs"
+    parts = (str(module), ASK, TOOL, RESULT, TOOL)
+    script.write_text(SCRIPT % tuple(json.dumps(part) for part in parts))
+    done = subprocess.run(
+        ["node", str(script), f"{service.url}/v1"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
