@@ -178,7 +178,7 @@ def test_control_tokens_in_items_are_text() -> None:
             CALLS[1] | {"output": said},
         ]
         call, _ = ask(input=items, instructions=said)
-        assert text().decode(call.requests[0].prompt, False).count(said) == 5
+        assert text().decode(call.requests[0].prompt, False).count(said) >= 5
         return [i for i in call.requests[0].prompt if i in control]
 
     assert controls(evil) == controls("nothing")
