@@ -156,6 +156,8 @@ class Response:
             return b""
         self.done = self._over = True
         self.failure, self._status = failure, "failed"
+        if self._items and self._items[-1].status == "in_progress":
+            self._items[-1].status = "incomplete"
         if self.choice.reason is None and not engine_knows:
             self.aborts.append(self.choice.request.id)
         error = {"code": failure.code, "message": failure.message, "param": failure.param}

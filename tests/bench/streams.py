@@ -157,7 +157,7 @@ def cluster() -> Iterator[tuple[str, Callable[[int], None]]]:
         def deploy(interval: int) -> None:
             with mock.patch("workers.actor.EngineReplica", PacedEngine):
                 own = msgspec.structs.replace(config, stream_interval=interval)
-                moeray = service._application(own, spec, vocab_size)
+                moeray = service._application(own, spec, vocab_size, None)
             serve.run_many(
                 [
                     serve.RunTarget(moeray, name="moeray", route_prefix="/"),
