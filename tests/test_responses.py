@@ -212,7 +212,7 @@ def test_control_tokens_in_items_are_text() -> None:
         ({"tools": [{"type": "function"}]}, "tools[0]", "name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0]", "letters"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading", ""),
-        ({"tool_choice": {"type": "web_search"}}, "tool_choice", ""),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "web_search"),
         ({"tool_choice": "maybe"}, "tool_choice", "maybe"),
         ({"include": ["file_search_call.results"]}, "include", "file_search_call"),
         ({"top_logprobs": 3}, "top_logprobs", "include=message.output_text.logprobs"),
