@@ -37,7 +37,7 @@ TEXTS: dict[Kind, tuple[str, str]] = {
 }
 
 
-class Usage(msgspec.Struct, kw_only=True):
+class ResponseUsage(msgspec.Struct, kw_only=True):
     input_tokens: int
     input_tokens_details: dict[str, int]
     output_tokens: int
@@ -74,7 +74,17 @@ class ResponseBody(msgspec.Struct, kw_only=True):
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"
-    usage: Usage | None = None
+    usage: ResponseUsage | None = None
+
+
+class InputItems(msgspec.Struct, kw_only=True):
+    """A page of what a response was made from."""
+
+    object: Literal["list"] = "list"
+    data: list[Json]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class _TextDelta(msgspec.Struct, gc=False):
@@ -327,7 +337,7 @@ class Response:
             body.error = {"code": "server_error", "message": self.failure.message}
         if self.done:
             read, written = len(choice.request.prompt), len(choice.emitted)
-            body.usage = Usage(
+            body.usage = ResponseUsage(
                 input_tokens=read,
                 # Prefixes are cached anyway; nothing is written because it was asked for.
                 input_tokens_details={"cached_tokens": choice.cached, "cache_write_tokens": 0},
@@ -339,7 +349,7 @@ class Response:
 
 
 def input_items(turns: Sequence[Turn], asked: Mapping[str, str]) -> bytes:
-    """A page of what a response was made from: all of its conversation but its own output.
+    """A page of all of a response's conversation but its own output.
 
     ``asked`` is OpenAI's query: ``limit``, ``order``, ``after``. Raises Refusal.
     """
@@ -358,12 +368,5 @@ def input_items(turns: Sequence[Turn], asked: Mapping[str, str]) -> bytes:
         items = items[places[0] + 1 :]
     page = items[: int(limit)]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    return _encode(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": first,
-            "last_id": last,
-            "has_more": len(items) > len(page),
-        }
-    )
+    more = len(items) > len(page)
+    return _encode(InputItems(data=page, first_id=first, last_id=last, has_more=more))

@@ -10,8 +10,11 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from cluster.exchange import JSON, SECONDS
+from cluster.items import InputItems, ResponseBody
 from cluster.reply import _ChatChoice, _TextChoice, _Usage
+from cluster.responses import ResponsesBody
 from cluster.schema import IGNORED, LATER, NEVER, ChatBody, CompletionsBody, DetokenizeBody, Kind
+from cluster.store import NAME
 from cluster.tokens import Detokenized, Tokenized
 
 TEXT = "text/plain"
@@ -44,6 +47,17 @@ class CompletionChunk(Completion, kw_only=True):
 class ChatCompletionChunk(ChatCompletion, kw_only=True):
     object: Literal["chat.completion.chunk"]  # type: ignore[assignment]
     usage: _Usage | UnsetType | None = UNSET  # type: ignore[assignment]
+
+
+class ResponseEvent(msgspec.Struct, kw_only=True):
+    type: str
+    sequence_number: int
+
+
+class Deleted(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class Card(msgspec.Struct, kw_only=True):
@@ -88,7 +102,7 @@ class Status(msgspec.Struct, kw_only=True):
 STATUSES = {
     400: "The request is wrong; the error says how",
     401: "The API key is missing or unknown",
-    404: "There is no such model",
+    404: "There is no such model or response",
     408: "The body, or the answer, was not there in time",
     413: "The body is too large",
     415: "The body is not JSON",
@@ -101,6 +115,10 @@ STRUCTS = (
     ChatCompletion,
     CompletionChunk,
     ChatCompletionChunk,
+    ResponseBody,
+    ResponseEvent,
+    InputItems,
+    Deleted,
     Card,
     Cards,
     Failed,
@@ -108,7 +126,11 @@ STRUCTS = (
     Version,
     Status,
 )
-BODIES: dict[type, Kind] = {CompletionsBody: "completions", ChatBody: "chat"}
+BODIES: dict[type, Kind] = {
+    CompletionsBody: "completions",
+    ChatBody: "chat",
+    ResponsesBody: "responses",
+}
 
 
 @cache
@@ -126,10 +148,18 @@ def document(version: str) -> bytes:
         "info": {"title": "moeray", "version": version},
         "paths": {
             "/v1/completions": _post(
-                "Continue a text", [CompletionsBody], Completion, CompletionChunk
+                "Continue a text", [CompletionsBody], Completion, CompletionChunk, Failed
             ),
             "/v1/chat/completions": _post(
-                "Answer a conversation", [ChatBody], ChatCompletion, ChatCompletionChunk
+                "Answer a conversation", [ChatBody], ChatCompletion, ChatCompletionChunk, Failed
+            ),
+            "/v1/responses": _post("Answer items", [ResponsesBody], ResponseBody, ResponseEvent),
+            "/v1/responses/{id}": _get(
+                "A stored response", _ref(ResponseBody), *STORED, parameters=[ID]
+            )
+            | {"delete": _get("Forget it", _ref(Deleted), *STORED, parameters=[ID])["get"]},
+            "/v1/responses/{id}/input_items": _get(
+                "What it was made from", _ref(InputItems), *STORED, parameters=[ID, *PAGE]
             ),
             "/tokenize": _post(
                 "Ids of a prompt or of messages", [CompletionsBody, ChatBody], Tokenized
@@ -153,6 +183,21 @@ def document(version: str) -> bytes:
     return msgspec.json.encode(found).replace(b'"_', b'"').replace(b"schemas/_", b"schemas/")
 
 
+ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+}
+PAGE = [
+    {"name": name, "in": "query", "schema": schema}
+    for name, schema in {
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "after": {"type": "string"},
+    }.items()
+]
+STORED = (400, 404, 503)
 MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 TIMEOUT = {
     "name": "X-Request-Timeout",
@@ -197,15 +242,14 @@ def _failures(*statuses: int) -> dict[str, Any]:
     return found
 
 
-def _post(
-    summary: str, bodies: Sequence[type], answer: type, chunk: type | None = None
-) -> dict[str, Any]:
+def _post(summary: str, bodies: Sequence[type], answer: type, *events: type) -> dict[str, Any]:
+    """``events`` are those of a stream; where they may be ``Failed`` it has a last word."""
     responses = {"200": _answer("The answer", _ref(answer), [JSON])}
-    if chunk is not None:
-        content = {"anyOf": [_ref(chunk), _ref(Failed)]}
+    if events:
+        content = {"anyOf": [_ref(event) for event in events]}
         data = {"type": "string", "contentMediaType": JSON, "contentSchema": content}
-        either = {"anyOf": [{"const": "[DONE]"}, data]}
-        event = {"type": "object", "properties": {"data": either}}
+        done = [{"const": "[DONE]"}] if Failed in events else []
+        event = {"type": "object", "properties": {"data": {"anyOf": [*done, data]}}}
         responses["200"]["content"][EVENTS] = {"schema": event}
     schema = _ref(bodies[0]) if len(bodies) == 1 else {"anyOf": [_ref(body) for body in bodies]}
     return {

@@ -36,7 +36,7 @@ NAMES = {
 NAMED = re.compile(rf"\b({'|'.join(map(re.escape, NAMES))})\b(\[\d+\])?")
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class EventOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False  # padding against traffic analysis; never sent
 
 
@@ -70,7 +70,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     metadata: dict[str, str] = {}
     include: list[str] = []
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: EventOptions | None = None
     tools: list[Json] = []
     tool_choice: str | Json = "auto"
     parallel_tool_calls: bool = True

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from cluster.store import Store
 from tests.front import DEADLINE, Front
 
 # That all it describes can be served is not claimed: a prompt may be too long, a model unknown.
@@ -21,15 +22,22 @@ EXCLUDED = ("positive_data_acceptance",)
 OPERATIONS = [
     *("POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize", "POST /detokenize"),
     *("GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /ready", "GET /metrics"),
-    *("GET /status", "GET /version"),  # it leaves out the document itself
+    *("POST /v1/responses", "GET /v1/responses/{id}", "DELETE /v1/responses/{id}"),
+    *(
+        "GET /v1/responses/{id}/input_items",
+        "GET /status",
+        "GET /version",
+    ),  # it leaves out the document itself
 ]
 
 
 @pytest.fixture(scope="module")
-def front() -> Iterator[Front]:
-    with Front() as front:
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    store = Store(tmp_path_factory.mktemp("store") / "responses.db")
+    with Front(store=store) as front:
         yield front
         front.until(front.idle)
+    store.close()
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,32 @@ def test_good_answers_are_as_it_says(front: Front, path: str, body: dict[str, An
         for each in [*chunks, last]:
             chunk.validate(msgspec.json.decode(each.removeprefix("data: ")))
         assert not chunk.is_valid({"id": 1})
+
+
+def test_a_response_is_as_it_says(front: Front) -> None:
+    document = httpx.get(f"{front.url}/openapi.json").json()
+
+    def valid(path: str, method: str) -> Any:
+        content = document["paths"][path][method]["responses"]["200"]["content"]
+        schema = content["application/json"]["schema"]
+        return jsonschema_rs.validator_for(schema | {"components": document["components"]})
+
+    body = {"input": "a", "max_output_tokens": 3, "metadata": {"a": "b"}, "tool_choice": "none"}
+    answer = front.post("/v1/responses", body).json()
+    valid("/v1/responses", "post").validate(answer)
+    one = f"{front.url}/v1/responses/{answer['id']}"
+    path = "/v1/responses/{id}"
+    valid(path, "get").validate(httpx.get(one).json())
+    valid(f"{path}/input_items", "get").validate(httpx.get(f"{one}/input_items?limit=1").json())
+    valid(path, "delete").validate(httpx.delete(one).json())
+    assert not valid(path, "get").is_valid({"id": 1})
+    events = front.post("/v1/responses", body | {"stream": True}).text.strip().split("\n\n")
+    kinds = document["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"]
+    (data,) = kinds["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    schema = data["contentSchema"] | {"components": document["components"]}
+    for each in events:
+        event = msgspec.json.decode(each.partition("\ndata: ")[2])
+        jsonschema_rs.validator_for(schema).validate(event)
 
 
 @pytest.mark.slow
