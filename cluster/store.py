@@ -23,7 +23,7 @@ from cluster.schema import unavailable
 
 MOST_BYTES = 1 << 30  # of all that is kept; what was used longest ago goes first
 MOST_SECONDS = 30 * 86400.0  # without having been used
-LONGEST = 32 << 20  # bytes of a conversation
+LONGEST, MOST_TURNS = 32 << 20, 10_000  # of a conversation; bytes
 SECONDS = 10.0  # in which the store answers
 NAME = re.compile("resp_[0-9a-zA-Z]{1,64}")
 
@@ -40,7 +40,7 @@ WITH RECURSIVE chain (depth, id, previous, size) AS (
   UNION ALL
   SELECT depth + 1, one.id, one.previous, one.size + chain.size
   FROM chain JOIN responses AS one ON one.id = chain.previous AND one.owner = :owner
-  WHERE chain.size <= :longest
+  WHERE chain.size <= :longest AND depth < :most
 )
 SELECT id, previous, size FROM chain ORDER BY depth
 """
@@ -130,7 +130,7 @@ class Store:
     def chain(self, id: str, owner: str, now: float) -> list[Turn] | None:
         """A conversation up to a response, its first turn first; None where a turn is missing or
         there is more of it than anybody could go on from."""
-        asked = {"id": id, "owner": owner, "longest": LONGEST}
+        asked = {"id": id, "owner": owner, "longest": LONGEST, "most": MOST_TURNS}
         found = self._file.execute(CHAIN, asked).fetchall()
         if not found or found[-1][1] is not None:
             return None

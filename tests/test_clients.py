@@ -231,3 +231,19 @@ def test_the_javascript_client(service: Service, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_file_of_responses_outlives_the_service(tmp_path: Path) -> None:
+    file, made = tmp_path / "responses.db", ""
+    for life in ("first", "second"):
+        (tmp_path / life).mkdir()
+        service = Service(tmp_path / life, "--device", "cpu", "--response-store", str(file))
+        try:
+            service.wait_until_ready()
+            one = OpenAI(base_url=f"{service.url}/v1", api_key="none", timeout=DEADLINE)
+            made = made or one.responses.create(model="tiny-oss", input="What is 17 + 25?").id
+            assert one.responses.retrieve(made).output_text == "42"
+        finally:
+            assert service.stop() == 0, service.said()
+    assert file.stat().st_mode & 0o777 == 0o600
