@@ -139,12 +139,14 @@ class Choice:
 
         ``reason`` is set when the answer is over; if a stop string ended it (``output`` itself has
         no reason then) the engine does not know yet and the caller aborts the request. Raises
-        Refusal where the engine failed, or tokens are missing.
+        Refusal where the engine refused or failed, or tokens are missing.
         """
         if self.reason is not None:
             return []
         if output.reason == "timeout":
             raise late(output.detail or "the deadline passed")
+        if output.reason == "refused":
+            raise Refusal(output.detail or "the request cannot be served")
         if output.reason in ("error", "abort"):
             raise unavailable(output.detail or "the engine gave up the request; send it again")
         seen = len(self.emitted) - output.offset

@@ -86,7 +86,7 @@ def generate(
     generated: list[int] = []
     while True:
         if request.grammar == BROKEN and len(generated) == BROKEN_AFTER:
-            return generated, "error", None
+            return generated, "refused", None
         tokens = [*request.prompt, *generated]
         generated.append(next_token(tokens, groups, sampling, request.choice, vocab))
         if generated[-1] in stops and len(generated) > least:

@@ -171,7 +171,7 @@ def test_lower_priority_values_run_first_and_preempt_last() -> None:
 def test_what_never_fits_is_refused_with_the_numbers() -> None:
     plan = scheduler(FULL, blocks=5, length=100)
     (output,) = plan.add(greedy("r", [1] * 10, 20), 0.0)
-    assert output.reason == "error"
+    assert output.reason == "refused"
     assert output.detail is not None
     assert "10 prompt tokens and max_tokens 20 need 8 KV blocks, the pool has 5" in output.detail
     (output,) = plan.add(greedy("s", [1] * 100, 1), 0.0)

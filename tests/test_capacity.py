@@ -49,7 +49,7 @@ def test_the_promised_sequence_runs(tmp_path: Path) -> None:
     assert engine.plan.reduced
     assert len(engine.generate([greedy("r", [1, 2, 3], length - 3)])["r"]) == length - 3
     (refused,) = engine.scheduler.add(greedy("s", [1] * length, 1), 0.0)
-    assert refused.reason == "error"
+    assert refused.reason == "refused"
     assert engine.runner._cache.arena.nbytes == engine.plan.bytes_per_rank
 
 

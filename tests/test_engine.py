@@ -158,7 +158,7 @@ def test_what_can_never_be_served_is_refused(published: Published, loops: list[E
     start(loop)
     loop.submit(request("long", prompt=[1] * 300))
     end = published.end("long")
-    assert end.reason == "error"
+    assert end.reason == "refused"
     assert "300 tokens" in str(end.detail)
 
 

@@ -663,6 +663,19 @@ def test_an_engines_failure_ends_a_stream_with_an_error() -> None:
     assert answer.fail(schema.unavailable("twice")) == b""
 
 
+def test_what_the_engine_refuses_is_a_wrong_request() -> None:
+    for stream in (False, True):
+        answer = Reply(complete(stream=stream))
+        sent = answer.feed(Output(answer.call.id, 0, 0, [], "refused", "it never fits"))
+        assert answer.failure is not None
+        assert answer.failure.status == 400
+        if stream:
+            (event,) = events(sent)
+            assert event["error"]["type"] == "invalid_request_error"
+            assert event["error"]["message"] == "it never fits"
+        assert not answer.aborts, "the engine knows"
+
+
 def test_a_deadline_that_passes_in_the_engine_is_the_requests_own() -> None:
     call = complete(stream=True)
     answer = Reply(call)

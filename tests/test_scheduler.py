@@ -282,7 +282,7 @@ class Traffic(RuleBasedStateMachine):
     def check_answer(self, client: Client) -> None:
         request, end = client.request, client.end
         assert end is not None, f"{request.id} never ended"
-        if end.reason == "error" and end.detail != BROKEN:
+        if end.reason == "refused" and end.detail != BROKEN:
             limit = min(
                 len(request.prompt) + request.sampling.max_tokens, self.config.max_model_len
             )

@@ -98,7 +98,7 @@ class Scheduler:
         if request.id in self._live:
             refusal = f"request {request.id!r} is already running"
         if refusal:
-            return [self._terminal(seq, "error", refusal)]
+            return [self._terminal(seq, "refused", refusal)]
         if request.emitted and (reason := seq.ended()):
             return [self._terminal(seq, reason)]
         if len(seq.hashes) != seq.prompt // self.pool.block_size:
@@ -321,7 +321,7 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         for row, why in result.errors.items():
             if not (seq := step.sampling[row]).done:
-                outputs.append(self._finish(seq, "error", why))
+                outputs.append(self._finish(seq, "refused", why))
         emit, new, before = outputs.append, Output, len(outputs)
         for seq, token in zip(step.sampling, result.tokens, strict=True):
             if seq.done:

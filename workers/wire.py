@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
+FinishReason = Literal["stop", "length", "abort", "error", "refused", "timeout"]
 Wait = Literal["grammar", "image", "remote_kv"]
 
 
@@ -90,7 +90,7 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     offset: int
     tokens: list[int]
     reason: FinishReason | None = None
-    detail: str | None = None  # for "error", "abort" and "timeout": a sentence for the user
+    detail: str | None = None  # for all but "stop" and "length": a sentence for the user
     cached: int = 0  # prompt tokens taken from the prefix cache; on the first Output
     stop: int | None = None  # the stop token that ended it, when one did
     logprobs: list[Logprobs] | None = None  # one for each of ``tokens``, where they were asked for

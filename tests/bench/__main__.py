@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -225,7 +226,13 @@ def main(
                 lines += serving(size, directory, threads, server or [])
     print("\n".join(lines))
     if not only:
-        REPORT.write_text("\n".join(lines))
+        REPORT.write_text("\n".join([*lines, *_others(REPORT.read_text(), lines)]))
+
+
+def _others(report: str, lines: list[str]) -> list[str]:
+    """The sections of a report that ``lines`` do not have: measured elsewhere, with a date."""
+    sections = re.split(r"^(?=## )", report, flags=re.MULTILINE)[1:]
+    return [section for section in sections if section.split("\n", 1)[0] not in lines]
 
 
 if __name__ == "__main__":
