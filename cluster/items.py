@@ -334,7 +334,8 @@ class Response:
         if self._status == "incomplete":
             body.incomplete_details = {"reason": "max_output_tokens"}
         if self.failure is not None:
-            body.error = {"code": "server_error", "message": self.failure.message}
+            code = "invalid_prompt" if self.failure.status == 400 else "server_error"
+            body.error = {"code": code, "message": self.failure.message}
         if self.done:
             read, written = len(choice.request.prompt), len(choice.emitted)
             body.usage = ResponseUsage(

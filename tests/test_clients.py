@@ -94,6 +94,30 @@ def test_a_tools_loop_by_the_store(client: OpenAI) -> None:
         client.responses.create(model="tiny-oss", input="a", previous_response_id=last.id)
 
 
+def test_log_probabilities_of_what_is_said(client: OpenAI) -> None:
+    asked: Any = {
+        "model": "tiny-oss",
+        "input": "Spell sun.",
+        "top_logprobs": 2,
+        "include": ["message.output_text.logprobs"],
+    }
+    made = client.responses.create(**asked)
+    said = made.output[-1]
+    assert said.type == "message"
+    (part,) = said.content
+    assert part.type == "output_text"
+    assert part.logprobs
+    assert "".join(one.token for one in part.logprobs) == part.text == "s-u-n"
+    assert all(len(one.top_logprobs) == 2 for one in part.logprobs)
+    deltas = []
+    for event in client.responses.create(**asked, stream=True):
+        if event.type == "response.output_text.delta":
+            deltas += event.logprobs
+    assert [(one.token, one.logprob) for one in deltas] == [
+        (one.token, one.logprob) for one in part.logprobs
+    ]
+
+
 class Person(BaseModel):
     name: str
     age: int

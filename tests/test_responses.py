@@ -462,6 +462,15 @@ def test_an_engines_failure_is_the_end_of_a_stream(before: str) -> None:
     assert reply.fail(schema.unavailable("twice")) == b""
 
 
+def test_what_an_engine_refuses_is_the_requests_fault() -> None:
+    refused = Output("resp_1", 0, 0, [], "refused", "no such form")
+    reply, sent = run([refused], stream=True)
+    assert reply.failure is not None
+    assert reply.failure.status == 400
+    error = {"code": "invalid_prompt", "message": "no such form"}
+    assert sent[-1]["response"]["error"] == error
+
+
 @pytest.mark.parametrize("transcript", [CALLING, SEVERAL])
 def test_a_response_goes_on_as_the_same_chat_would(transcript: str) -> None:
     """Sent back as it came, or left to the store: the same prompt, and a chat's."""
