@@ -68,6 +68,14 @@ def test_ties_are_kept_together() -> None:
     assert torch.isfinite(scores).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 9e-6, 1e-37, 1e-38, 1e-40, 1e-44])
+def test_the_coldest_take_the_best(temperature: float) -> None:
+    """Logits divided by less would be infinite, and all infinite ones alike."""
+    rows = logits(8) * 20
+    made = sampler(*({"temperature": temperature, "seed": seed} for seed in range(8)))
+    assert draw(made, rows) == rows.argmax(-1).tolist()
+
+
 def test_greedy_and_its_equivalents() -> None:
     rows = logits(4)
     made = sampler(

@@ -21,6 +21,7 @@ from workers.wire import Join, Logprobs
 
 Ints = npt.NDArray[np.int64]
 
+COLDEST = 1e-5  # below it a temperature is greedy: logits over it would overflow
 TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)  # rows of Sampler._floats
 
 
@@ -55,7 +56,7 @@ class Sampler:
         """A sequence enters a slot."""
         slot, sampling = join.slot, join.sampling
         self._floats[:, slot] = (
-            sampling.temperature,
+            sampling.temperature if sampling.temperature >= COLDEST else 0.0,
             sampling.top_p,
             sampling.min_p,
             sampling.repetition_penalty,
