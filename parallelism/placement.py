@@ -137,10 +137,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
 
 
-T = TypeVar("T", ExpertLoad, Placement)
+File = TypeVar("File", ExpertLoad, Placement)
 
 
-def parse(kind: type[T], data: bytes) -> T:
+def parse(kind: type[File], data: bytes) -> File:
     """A file's content. Raises PlacementError."""
     try:
         return msgspec.json.decode(data, type=kind)
@@ -204,7 +204,7 @@ def _spread(calls: Sequence[int], ranks: int, per_node: int, slots: int, extra: 
     """One layer: experts over the nodes, then theirs and ``extra`` copies a rank over the ranks."""
     nodes = ranks // per_node
     shares = [last - first for first, last in _ranges(len(calls), nodes)]
-    places = []
+    places: list[tuple[int, ...]] = []
     for experts in _pack([(float(load), expert) for expert, load in enumerate(calls)], shares):
         copies = _copies({expert: calls[expert] for expert in experts}, extra * per_node, per_node)
         places += _pack(copies, [slots] * per_node)
@@ -214,7 +214,7 @@ def _spread(calls: Sequence[int], ranks: int, per_node: int, slots: int, extra: 
 def _copies(calls: dict[int, int], extra: int, most: int) -> list[tuple[float, int]]:
     """(tokens, expert) of every copy: the busiest gets the next one, up to ``most`` of each."""
     count = dict.fromkeys(calls, 1)
-    queue = [(-load, expert) for expert, load in calls.items()] if most > 1 else []
+    queue = [(-float(load), expert) for expert, load in calls.items()] if most > 1 else []
     heapify(queue)
     while extra and queue:
         _, expert = heappop(queue)
