@@ -221,7 +221,7 @@ def experts(
             known = found[str(placement)] = _parsed(Placement, placement)
             known.check(load.config, len(load.calls), load.experts, ranks)
         share = found["contiguous"].slots
-        for extra in sorted({0, redundant, 2 * redundant}):
+        for extra in dict.fromkeys((0, redundant, 2 * redundant)):
             if extra <= max(redundant, load.experts - share):
                 found[f"balanced, {extra} redundant"] = place(load, ranks, extra, ranks_per_node)
         if output is not None:

@@ -69,7 +69,10 @@ def test_graphs_change_no_token(tmp_path: Path, invariant: bool) -> None:
     engine.runner.rehearse(16)
     assert engine.runner.capture() == device.captured
     captured = device.captured
+    before, _ = engine.runner.expert_calls()()
     assert engine.generate(requests) == expected
+    counted, _ = engine.runner.expert_calls()()
+    assert tokens_of(counted, before) == [engine.scheduler.load().computed]
     assert device.replayed > 10
     for request in requests:
         ours, theirs = engine.logprobs[request.id], plain.logprobs[request.id]
