@@ -231,7 +231,7 @@ def experts(
     except (OSError, PlacementError) as error:
         fail(error)
     per_node = ranks_per_node or ranks
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "placement": name,
             "imbalance": round(imbalance(each.loads(load)), 4),
@@ -244,12 +244,11 @@ def experts(
     if as_json:
         show_json(rows)
         return
-    pairs = sum(map(sum, load.calls))
-    show_table(
-        f"{load.model}: {len(load.calls)} layers, {load.experts} experts on {ranks} ranks, "
-        f"{per_node} on a node; {pairs:,} pairs of token and expert",
-        [row | {"expert bytes": f"{row['expert bytes']:,}"} for row in rows],
-    )
+    for row in rows:
+        row["expert bytes"] = f"{row['expert bytes']:,}"
+        if per_node == ranks:
+            del row["between nodes"]
+    show_table(f"{load.model} on {ranks} ranks", rows)
 
 
 def _parsed(kind: type[File], file: Path) -> File:
