@@ -20,6 +20,7 @@ from cluster.options import (
     Tokens,
     fail,
     model_spec,
+    parse_size,
     say,
     show_json,
     show_table,
@@ -199,6 +200,14 @@ def experts(
     ranks_per_node: Annotated[
         int, typer.Option(help="Copies of an expert stay on its node. Default: one node.")
     ] = 0,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="BYTES",
+            help="For the experts of each rank; a placement with --redundant that needs more, in "
+            "the form they were recorded in, is refused.",
+        ),
+    ] = "",
     placement: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Show this placement, too.")
     ] = None,
@@ -224,8 +233,10 @@ def experts(
         for extra in dict.fromkeys((0, redundant, 2 * redundant)):
             if extra <= max(redundant, load.experts - share):
                 found[f"balanced, {extra} redundant"] = place(load, ranks, extra, ranks_per_node)
+        chosen = found[f"balanced, {redundant} redundant"]
+        if memory:
+            chosen.fit(load.expert_bytes, parse_size(memory))
         if output is not None:
-            chosen = found[f"balanced, {redundant} redundant"]
             output.write_bytes(msgspec.json.encode(chosen))
             say.print(f"{output}: the placement with {redundant} redundant experts on each rank")
     except (OSError, PlacementError) as error:

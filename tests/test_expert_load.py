@@ -152,7 +152,7 @@ def test_what_a_placement_would_gain(recorded: ExpertLoad, tmp_path: Path) -> No
     assert status == 0, said
     shown = json.loads(out)
     assert [row["imbalance"] for row in shown] == [found[0], found[2], *found[1:]]
-    status, out, said = run(RECORDED, "--ranks", 4, "--ranks-per-node", 2)
+    status, out, said = run(RECORDED, "--ranks", 4, "--ranks-per-node", 2, "--memory", "3MiB")
     assert status == 0, said
     assert f"{found[0]:.4}" in out
 
@@ -166,6 +166,7 @@ def test_what_a_placement_would_gain(recorded: ExpertLoad, tmp_path: Path) -> No
         ((RECORDED, "--ranks", 4, "--redundant", -1), "-1 redundant"),
         ((RECORDED, "--ranks", 4, "--ranks-per-node", 3), "do not fill nodes of 3"),
         ((RECORDED, "--ranks", 4, "--placement", RECORDED), "this is no placement"),
+        ((RECORDED, "--ranks", 4, "--memory", "2MiB"), "2,179,584 bytes of experts on one rank"),
         ((RECORDED.parent / "api.md", "--ranks", 4), "this is no expert load"),
     ],
 )
