@@ -55,6 +55,8 @@ def test_tokens_equal_those_of_one_process(world: int, tmp_path: Path) -> None:
     expected = {directory: Engine(directory).generate(requests()) for directory in forms}
     for (directory, spec, _), (tokens, load, _) in zip(jobs, generate(world, jobs), strict=True):
         assert_same(directory, tokens, expected[directory])
+        assert len(load.expert_calls) == world
+        assert min(load.expert_calls) > 0
         assert (load.preemptions > 0) is ("block_size" in spec)
 
 
