@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
@@ -17,8 +15,28 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
-from workers.architecture import Architecture
-from workers.config import ApiKey, Limits, ModelSpec, ServiceConfig
+from cluster import tools
+from cluster.options import (
+    Blocks,
+    Caching,
+    Device,
+    DType,
+    Invariant,
+    Kernels,
+    KVDType,
+    Length,
+    Memory,
+    Sequences,
+    Tokens,
+    convert,
+    fail,
+    model_spec,
+    parse_size,
+    say,
+    show_json,
+    show_size,
+)
+from workers.config import ApiKey, Limits, ServiceConfig
 
 app = typer.Typer(
     help="Serve mixture-of-experts language models on Ray, from a laptop without a GPU upwards.",
@@ -27,25 +45,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-say = Console(stderr=True, highlight=False)
+app.add_typer(tools.app)
 
 API_KEY = "MOERAY_API_KEY"
-T = TypeVar("T")
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "512MiB", "4G" or "1000000"."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write 512MiB, 4GiB or a number of bytes")
-    return int(float(match[1]) * (1 << _UNITS[match[2].upper()]))
-
-
-def fail(error: object) -> NoReturn:
-    """End with a sentence instead of a traceback."""
-    say.print(f"[bold red]moeray:[/] {error}", markup=True)
-    raise typer.Exit(1)
 
 
 def refuse(**asked: object) -> None:
@@ -60,52 +62,6 @@ Model = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         help="A directory in Hugging Face layout, a hub id, or nothing: the bundled tiny-oss.",
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
-DType = Annotated[str, typer.Option(help="auto (bfloat16), bfloat16 or float32.")]
-Kernels = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
-Invariant = Annotated[
-    bool,
-    typer.Option(
-        "--batch-invariant",
-        help="No token depends on the batch it ran in: always so on CPU in float32; on CUDA it "
-        "costs speed.",
-    ),
-]
-Memory = Annotated[
-    str,
-    typer.Option(
-        metavar="BYTES",
-        help="KV cache of each rank, e.g. 512MiB. Default: a quarter of the free memory and at "
-        "most 1 GiB on CPU; on CUDA what --gpu-memory-utilization leaves.",
-    ),
-]
-KVDType = Annotated[
-    str,
-    typer.Option(
-        help="auto (as --dtype) or fp8: e4m3 without scales, half of bfloat16's bytes; values "
-        "beyond 448 saturate."
-    ),
-]
-Length = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens of the longest sequence. Default: the model's, if the KV cache fits."
-    ),
-]
-Sequences = Annotated[int, typer.Option(help="Most sequences in one step.")]
-Tokens = Annotated[
-    int | None,
-    typer.Option(
-        help="Most tokens in one step; longer prompts go in chunks. Default: 2048, on CPU 512."
-    ),
-]
-Blocks = Annotated[int, typer.Option(help="Tokens in a KV block.")]
-Caching = Annotated[
-    bool,
-    typer.Option(
-        "--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse KV of common prefixes."
     ),
 ]
 
@@ -203,6 +159,14 @@ def serve(
             "they go with this one.",
         ),
     ] = "",
+    expert_load: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Count the tokens of every expert into FILE, for `moeray experts`; what it holds "
+            "is added to. Written every minute and at the end, on the node of rank 0.",
+        ),
+    ] = "",
     max_concurrent_requests: Annotated[
         int, typer.Option(help="Most requests in progress; more get a 429. 0: any number.")
     ] = 2048,
@@ -241,7 +205,7 @@ def serve(
     )
     if api_key:
         _hide(api_key)
-    spec = _spec(
+    spec = model_spec(
         model=model,
         served_model_name=served_model_name,
         tensor_parallel_size=tensor_parallel_size,
@@ -260,7 +224,7 @@ def serve(
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
     )
-    limits = _convert(
+    limits = convert(
         Limits,
         max_concurrent_requests=max_concurrent_requests or None,
         max_num_queued_reqs=max_num_queued_reqs or None,
@@ -282,6 +246,7 @@ def serve(
                 api_keys=_api_keys(),
                 api_key_file=_absolute(api_key_file),
                 response_store=_absolute(response_store),
+                expert_load=_absolute(expert_load),
             ),
             on_ready=_ready,
         )
@@ -328,7 +293,7 @@ def generate(
         raise typer.BadParameter("give --prompt TEXT")
     from cluster.llm import LLM, SamplingParams
 
-    spec = _spec(
+    spec = model_spec(
         model=model,
         device=device,
         dtype=dtype,
@@ -376,159 +341,6 @@ def generate(
         fail(error)
 
 
-Architectures = Annotated[
-    str, typer.Option("--arch", metavar="LIST", help="GPU architectures, with commas between them.")
-]
-Configured = Annotated[
-    str,
-    typer.Option(
-        metavar="MODEL", help="A directory, a hub id, a config.json, or nothing: tiny-oss."
-    ),
-]
-Ranks = Annotated[
-    int, typer.Option("--tensor-parallel-size", "-tp", help="Ranks that share the model.")
-]
-WholeExperts = Annotated[
-    bool, typer.Option("--enable-expert-parallel", help="Each rank holds whole experts.")
-]
-
-
-@app.command("compile")
-def compile_kernels(
-    arch: Architectures = "sm_90,sm_100,sm_103",
-    model: Configured = "",
-    output: Annotated[
-        str, typer.Option(metavar="DIR", help="Default: TRITON_CACHE_DIR, or Triton's own.")
-    ] = "",
-    tensor_parallel_size: Ranks = 1,
-    enable_expert_parallel: WholeExperts = False,
-    dtype: DType = "auto",
-    kv_cache_dtype: KVDType = "auto",
-    batch_invariant: Invariant = False,
-    max_model_len: Length = None,
-    max_num_seqs: Sequences = 256,
-    max_num_batched_tokens: Tokens = None,
-    block_size: Blocks = 16,
-) -> None:
-    """Compile the kernels that a model needs, without a GPU, so that serving compiles nothing.
-
-    Give the flags that `moeray serve` will get, and serve with `TRITON_CACHE_DIR=DIR`.
-    """
-    spec = _spec(
-        model="",
-        kv_cache_memory="",
-        device="cuda",
-        tensor_parallel_size=tensor_parallel_size,
-        enable_expert_parallel=enable_expert_parallel,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        batch_invariant=batch_invariant,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-    )
-    from workers import dryrun
-
-    try:
-        architecture = dryrun.configuration(model)
-    except ValueError as error:
-        fail(error)
-    for number, variants, directory in _compiled(arch, architecture, spec, output):
-        say.print(f"sm_{number}: {len(variants)} kernels in {directory}")
-
-
-@app.command()
-def kernels(
-    arch: Architectures = "sm_90,sm_100",
-    model: Annotated[
-        str,
-        typer.Option(help="A directory, a hub id or a config.json. Default: gpt-oss-120b's shape."),
-    ] = "",
-    tensor_parallel_size: Ranks = 1,
-    enable_expert_parallel: WholeExperts = False,
-    kv_cache_dtype: KVDType = "auto",
-    batch_invariant: Invariant = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-) -> None:
-    """Show what the kernels' machine code is made of, without a GPU."""
-    import tempfile
-
-    spec = _spec(
-        model="",
-        kv_cache_memory="",
-        device="cuda",
-        tensor_parallel_size=tensor_parallel_size,
-        enable_expert_parallel=enable_expert_parallel,
-        kv_cache_dtype=kv_cache_dtype,
-        batch_invariant=batch_invariant,
-    )
-    from kernels import aot, traffic
-    from workers import dryrun
-
-    report: dict[str, list[dict[str, str | int]]] = {"code": [], "decode": []}
-    try:
-        architecture = dryrun.configuration(model) if model else dryrun.GPT_OSS_120B
-        with tempfile.TemporaryDirectory() as scratch:
-            for number, variants, _ in _compiled(arch, architecture, spec, scratch):
-                report["code"] += [aot.row(variant, Path(scratch)) for variant in variants]
-                if number not in traffic.GPUS:
-                    continue
-                for batch in (1, 64, 256):
-                    for name, (launches, work) in dryrun.decode(
-                        architecture, spec, number, batch, 1500
-                    ).items():
-                        report["decode"].append(
-                            {
-                                "kernel": name,
-                                "GPU": traffic.GPUS[number][0],
-                                "batch": batch,
-                                "launches": launches,
-                                "MB": f"{work.moved / 1e6:.1f}",
-                                "least MB": f"{work.minimum / 1e6:.1f}",
-                                "GF": f"{work.flops / 1e9:.1f}",
-                                "roofline us": f"{1e6 * work.seconds(number):.0f}",
-                            }
-                        )
-    except ValueError as error:
-        fail(error)
-    if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
-        return
-    # Wide: a table squeezed into 80 columns cannot be read.
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    for title, rows in report.items():
-        if rows:
-            table = Table(*rows[0], title=title)
-            for row in rows:
-                table.add_row(*(str(value) for value in row.values()))
-            console.print(table)
-
-
-def _compiled(
-    archs: str, architecture: Architecture, spec: ModelSpec, output: str
-) -> Iterator[tuple[int, list[Any], Path]]:
-    """(architecture, its kernels, where they are) of each; ends with a sentence where it cannot."""
-    try:
-        numbers = [int(each.strip().removeprefix("sm_")) for each in archs.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--arch {archs!r}: write sm_90,sm_100") from None
-    from kernels import configurations
-
-    try:
-        for number in numbers:
-            configurations.family(number or -1)
-        from kernels import aot
-        from workers import dryrun
-
-        directory = Path(output).expanduser() if output else aot.triton_directory()
-        for number in numbers:
-            launches = dryrun.launches(architecture, spec, number)
-            yield number, aot.compile(launches, number, directory), directory
-    except (ValueError, OSError) as error:
-        fail(error)
-
-
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
@@ -545,7 +357,7 @@ def status(
     except (OSError, ValueError) as error:
         fail(f"nothing answers at {url}: {error}")
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+        show_json(found)
         return
     table = Table("engine", "rank", "pid", "node", "device", "weights", "running", "waiting")
     for engine in found["engines"]:
@@ -563,35 +375,8 @@ def status(
     Console().print(table)
 
 
-def show_size(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-def _spec(kv_cache_memory: str, **fields: Any) -> ModelSpec:
-    memory = parse_size(kv_cache_memory) if kv_cache_memory else None
-    # Serving changes into a folder of its own; a relative path would lose its meaning.
-    if fields["model"] and Path(fields["model"]).expanduser().exists():
-        fields["model"] = str(Path(fields["model"]).expanduser().resolve())
-    return _convert(ModelSpec, kv_cache_memory=memory, **fields)
-
-
 def _absolute(file: str) -> str:
     return str(Path(file).expanduser().resolve()) if file else ""
-
-
-def _convert(kind: type[T], **fields: Any) -> T:
-    """Flags as the configuration they are named after."""
-    try:
-        return msgspec.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        name = re.search(r"\$\.(\w+)", str(error))
-        flag = f"--{name[1].replace('_', '-')}: " if name else ""
-        raise typer.BadParameter(f"{flag}{error}") from error
 
 
 def _hide(keys: list[str]) -> NoReturn:

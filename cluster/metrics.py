@@ -20,6 +20,10 @@ GAUGES: Mapping[str, tuple[str, Callable[[Load], float]]] = {
     "moeray_kv_blocks_total": ("KV blocks in the pool", lambda load: load.blocks),
     "moeray_kv_blocks_free": ("KV blocks free or evictable", lambda load: load.free),
     "moeray_batch_tokens": ("Tokens in the last step", lambda load: load.batch_tokens),
+    "moeray_expert_imbalance": (
+        "Tokens of the busiest rank over the mean, averaged over layers, since the engine's start",
+        lambda load: load.expert_imbalance,
+    ),
     "moeray_progress_age_seconds": (
         "Since a step ended; 0 while idle",
         lambda load: load.progress_ms / 1000,

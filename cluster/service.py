@@ -37,6 +37,7 @@ from cluster.store import Store
 from workers import hub
 from workers.architecture import parse
 from workers.config import ApiKey, ModelSpec, ServiceConfig
+from workers.recording import Recording, nothing
 
 ROOT = Path(__file__).parents[1]  # the folder of moeray.py
 DRAIN = 300.0  # seconds that requests have to end after SIGTERM
@@ -138,6 +139,9 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
         Path(model.model).name if model.model else directory.name.replace("_", "-")
     )
     model = msgspec.structs.replace(model, model=str(directory), served_model_name=name)
+    if config.expert_load and config.address is None:
+        shape = architecture.num_layers, architecture.num_experts
+        Recording(config.expert_load, nothing(directory, name, *shape))
     return model, architecture.vocab_size
 
 
@@ -391,6 +395,7 @@ def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int, store:
             key,
             "127.0.0.1" if config.address is None else "",
             config.stream_interval,
+            config.expert_load,
         )
     )
     ingress = ray_serve.deployment(ray_serve.ingress()(IngressReplica)).options(

@@ -151,3 +151,8 @@ class FakeRunner:
         for row, walk in walks.items():
             walk.append(result.tokens[row])
         return result
+
+    def expert_calls(self) -> Callable[[], tuple[list[list[int]], list[list[int]]]]:
+        """One layer, two experts on two ranks; each step is one pair, of the first."""
+        calls = [[self.steps, 0]]
+        return lambda: (calls, calls)

@@ -58,7 +58,10 @@ def _rank(rank: int, world: int, port: int, jobs: Sequence[Job], answers: Connec
             engine = Engine(directory, rank, prefix, tensor_parallel_size=world, **spec)
             tokens = engine.generate(requests)
             if rank == 0:
-                answers.send((tokens, engine.scheduler.load(), engine.logprobs))
+                load = engine.scheduler.load()
+                _, by_rank = engine.runner.expert_calls()()
+                load.expert_calls = [sum(layers) for layers in zip(*by_rank, strict=True)]
+                answers.send((tokens, load, engine.logprobs))
             engine.leave()
     except Exception:
         traceback.print_exc()

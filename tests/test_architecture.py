@@ -20,6 +20,7 @@ PURE = (
     "workers/scheduler.py",
     "workers/capacity.py",
     "parallelism/layout.py",
+    "parallelism/placement.py",
     "parallelism/shard.py",
     "cluster/admission.py",
     "cluster/routing.py",

@@ -80,6 +80,9 @@ class Gate:
     def collect(self, handle: int) -> StepResult:
         return self.inner.collect(handle)
 
+    def expert_calls(self) -> Callable[[], tuple[list[list[int]], list[list[int]]]]:
+        return self.inner.expert_calls()
+
 
 def runner(ahead: int = 1) -> FakeRunner:
     return FakeRunner(CONFIG, KV, VOCAB, ahead)
@@ -124,7 +127,11 @@ def test_requests_from_many_threads_end_as_they_would_alone(
         assert published.end(r.id).reason == "length"
         assert published.tokens[r.id] == generate(r, CONFIG, KV.groups, VOCAB)[0]
     published.until(lambda: published.load.running + published.load.waiting == 0)
-    assert len(rounds) == published.load.steps
+    steps = published.load.steps
+    assert len(rounds) == steps
+    assert loop.experts == [[steps, 0]]
+    assert published.load.expert_calls == [steps, 0]
+    assert published.load.expert_imbalance == 2
     assert loop.trouble() is None
     assert loop.load().progress_ms == 0
 

@@ -10,6 +10,7 @@ import torch
 
 from deploy.tiny_oss.evaluate import held_out
 from deploy.tiny_oss.tasks import TASKS, Example
+from parallelism.placement import ExpertLoad, parse
 from tests.checkpoints import oracle, tiny_gpt_oss
 from tests.engines import prompts
 from tests.service import DEADLINE, Service
@@ -67,6 +68,7 @@ def test_tiny_oss_answers_rightly_under_pressure(tmp_path: Path) -> None:
         tmp_path,
         *(*TWO_RANKS, "--max-num-batched-tokens", "96", "--max-num-seqs", "24"),
         *("--kv-cache-memory", "336KiB", "--max-model-len", "1024"),
+        *("--expert-load", str(tmp_path / "load.json")),
     )
     examples = {task: held_out(task, 40) for task in TASKS}
     try:
@@ -85,8 +87,13 @@ def test_tiny_oss_answers_rightly_under_pressure(tmp_path: Path) -> None:
         with ThreadPoolExecutor(32) as pool:
             marks = list(pool.map(right, mixed))
         assert service.metric("moeray_num_preemptions_total") > 0
+        counted = sum(service.metric("moeray_expert_calls_total", rank=rank) for rank in "01")
+        assert 1 < service.metric("moeray_expert_imbalance") < 1.2
         for task in TASKS:
             score = [ok for one, ok in zip(mixed, marks, strict=True) if one.task == task]
             assert sum(score) >= 0.97 * len(score), f"{task}: {sum(score)} of {len(score)}"
     finally:
         assert service.stop() == 0
+    load = parse(ExpertLoad, (tmp_path / "load.json").read_bytes())
+    assert sum(map(sum, load.calls)) == counted
+    assert load.model == "tiny-oss"

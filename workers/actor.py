@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers.channel import ChannelServer
 from workers.config import ModelSpec
+from workers.recording import Recording
 from workers.wire import Engine
 
 if TYPE_CHECKING:  # these import torch
@@ -34,6 +35,7 @@ MEET = 120.0  # seconds for the ranks to start and find each other
 LOAD = 3600.0  # seconds for the weights, and again for memory and graphs
 PING = 10.0  # seconds a rank has to answer
 LEASE = 86400.0  # seconds of a request without a deadline
+RECORD = 60.0  # seconds between two writings of the experts' load
 
 T = TypeVar("T")
 
@@ -83,6 +85,8 @@ class RankActor:
         self._engine: Any = None
         self._leader: Any = None
         self._compute = _Compute()
+        self._recorder: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
 
     async def meet(self, host: str) -> tuple[str, int, int]:
         """Rank 0: the host, and the ports of the store and of the plan channel."""
@@ -126,9 +130,10 @@ class RankActor:
         return await self._compute(lambda: self._core.plan(free))
 
     async def start(
-        self, plan: Capacity, engine: Engine, epoch: int, interval: int
+        self, plan: Capacity, engine: Engine, epoch: int, interval: int, expert_load: str
     ) -> tuple[str, int]:
-        """Allocate the KV cache and begin; rank 0 returns the address of its side channel."""
+        """Allocate the KV cache and begin; rank 0 returns the address of its side channel, and
+        writes the experts' load to a file where it is given one."""
         from workers.engine import EngineLoop, settle_garbage_collection
 
         runner = await self._compute(lambda: self._core.allocate(plan))
@@ -136,6 +141,7 @@ class RankActor:
             self._compute(lambda: self._follow(runner))
             return "", 0
         here = asyncio.get_running_loop()
+        recording = Recording(expert_load, self._core.nothing()) if expert_load else None
 
         def ended() -> None:
             asyncio.run_coroutine_threadsafe(self._channel.close(), here)
@@ -156,7 +162,20 @@ class RankActor:
         settle_garbage_collection()
         self._compute(loop.run)
         self._engine = loop
+        if recording is not None:
+            self._recorder = asyncio.create_task(self._record(recording))
         return self._host, port
+
+    async def _record(self, recording: Recording) -> None:
+        """Now and then, and at the end."""
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), RECORD)
+            if self._engine.experts:
+                try:
+                    await asyncio.to_thread(recording.write, self._engine.experts)
+                except OSError as error:
+                    log.warning("the experts' load could not be written: %s", error)
 
     def _follow(self, runner: Any) -> None:
         from workers.engine import follow
@@ -176,6 +195,9 @@ class RankActor:
         """Rank 0: end the loop after the step that runs; the other ranks then end theirs."""
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
+            self._stopping.set()
+            if self._recorder is not None:
+                await self._recorder
             await self._channel.close()
 
 
@@ -183,20 +205,20 @@ class EngineReplica:
     """One engine as a Serve replica, in a placement group with one bundle for each rank.
 
     ``host`` is where its channels listen; empty: the node's own address. ``interval`` tokens of a
-    request are sent together.
+    request are sent together. ``expert_load`` is a file of rank 0's node, or empty.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int
+        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int, expert_load: str
     ) -> None:
         self._ranks: list[Any] = []
         try:
-            await self._start(spec, service, key, host, interval)
+            await self._start(spec, service, key, host, interval, expert_load)
         except Exception as error:
             raise EngineFailed(_sentence(error)) from None
 
     async def _start(
-        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int
+        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int, expert_load: str
     ) -> None:
         from ray import serve
 
@@ -225,7 +247,7 @@ class EngineReplica:
             replica = serve.get_replica_context().replica_id.unique_id
             self._engine = Engine(service, spec.served_model_name, replica)
             self._epoch = time.time_ns() // 1_000_000
-            start = self._capacity, self._engine, self._epoch, interval
+            start = self._capacity, self._engine, self._epoch, interval, expert_load
             addresses = await asyncio.gather(*[rank.start.remote(*start) for rank in self._ranks])
             self._address = addresses[0]
 

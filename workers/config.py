@@ -106,3 +106,4 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     api_keys: tuple[ApiKey, ...] = ()
     api_key_file: str = ""  # more of them; empty: none
     response_store: str = ""  # file of kept responses; empty: one that goes with the service
+    expert_load: str = ""  # file of tokens by layer and expert; empty: none

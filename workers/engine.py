@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from parallelism.placement import imbalance
 from workers.plans import BEAT, Follower, Leader
 from workers.scheduler import Scheduler
 from workers.wire import Abort, Batch, Load, Output, Request, StepResult
@@ -55,6 +56,10 @@ class Runner(Protocol):
     def launch(self, batch: Batch) -> Any: ...
 
     def collect(self, handle: Any) -> StepResult: ...
+
+    def expert_calls(self) -> Callable[[], tuple[list[list[int]], list[list[int]]]]:
+        """Start fetching the (token, expert) pairs since the start, [layers][experts] and
+        [layers][ranks]; the call waits for them."""
 
 
 class Steps:
@@ -108,7 +113,9 @@ class EngineLoop:
         compile: Callable[[str], object] = lambda grammar: None,
     ) -> None:
         self.failure: str | None = None
-        self._scheduler, self._steps = scheduler, Steps(scheduler, runner, self._begin)
+        self.experts: list[list[int]] = []  # pairs [layers][experts] as of the last report
+        self._scheduler, self._runner = scheduler, runner
+        self._steps = Steps(scheduler, runner, self._begin)
         self._publish, self._leader, self._round, self._ended = publish, leader, round, ended
         self._compile = compile
         self._compiler = ThreadPoolExecutor(1, "grammars")
@@ -118,6 +125,7 @@ class EngineLoop:
         self._stopping = False
         self._live: dict[str, Request] = {}
         self._load = scheduler.load()
+        self._fetching: Callable[[], tuple[list[list[int]], list[list[int]]]] = lambda: ([], [])
         self._reported = self._progress = time.monotonic()
         self._idle, self._audited = True, True
         self._over = threading.Event()
@@ -241,10 +249,19 @@ class EngineLoop:
                 self._live.pop(output.id, None)
         now, load = time.monotonic(), None
         if now - self._reported >= REPORT or not self._scheduler.has_work():
-            load = self._load = self._scheduler.load()
+            load = self._load = self._report()
             self._reported = now
         if outputs or load is not None:
             self._publish(outputs, load)
+
+    def _report(self) -> Load:
+        load = self._scheduler.load()
+        before, self._fetching = self._fetching, self._runner.expert_calls()
+        # While steps run, what was asked for at the last report, and has come since: no wait.
+        self.experts, by_rank = (before if self._scheduler.has_work() else self._fetching)()
+        load.expert_calls = [sum(layers) for layers in zip(*by_rank, strict=True)]
+        load.expert_imbalance = imbalance(by_rank)
+        return load
 
     def _fail(self, why: str, details: str) -> None:
         """Every live request ends here; those that still come are answered by ``submit``."""

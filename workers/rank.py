@@ -24,6 +24,7 @@ from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
 from parallelism.layout import Layout, check
+from parallelism.placement import ExpertLoad
 from workers import weights
 from workers.architecture import Architecture, parse
 from workers.capacity import (
@@ -38,6 +39,7 @@ from workers.device import Cuda, Host
 from workers.grammar import Grammars
 from workers.kvcache import KVCache
 from workers.model import Decoder
+from workers.recording import nothing
 from workers.runner import Runner, inputs_bytes
 from workers.scheduler import Scheduler
 
@@ -272,6 +274,22 @@ class Rank:
     def scheduler(self, plan: Capacity) -> Scheduler:
         """Rank 0's."""
         return Scheduler(plan.scheduler, plan.kv, self._spec.revision, str(self._kv_dtype))
+
+    def nothing(self) -> ExpertLoad:
+        """The experts' load before the first token."""
+        assert self._model is not None, "load first"
+        arch = self.architecture
+        blocks = [m for m in self._model.modules() if isinstance(m, Experts)]
+        held = sum(t.nbytes for m in blocks for t in (*m.matrices, m.b13, m.b2))
+        first, last = self._layout.experts(arch.num_experts)
+        cuts = 1 if self._spec.enable_expert_parallel else self._spec.tensor_parallel_size
+        return nothing(
+            self._directory,
+            self._spec.served_model_name or self._directory.name,
+            arch.num_layers,
+            arch.num_experts,
+            held * cuts // (arch.num_layers * (last - first)),
+        )
 
     def allocate(self, plan: Capacity) -> Runner:
         """Take the KV cache's memory, and capture graphs where there are any."""

@@ -49,7 +49,6 @@ class Launched:
 
     step: int
     tokens: Callable[[], Tensor]  # int64 [S]
-    hits: Callable[[], Tensor] | None  # int64 [experts] tokens of each; rank 0 only
     logprobs: Callable[[], dict[int, Logprobs]] | None = None  # where rows ask; rank 0 only
     walks: Sequence[tuple[int, Walk]] = ()  # rows that follow a grammar
 
@@ -90,7 +89,12 @@ class Runner:
         self._resident = tables.to(cache.arena.device)
         self._last = torch.zeros(slots, dtype=torch.int64, device=cache.arena.device)
         self._graphs: dict[Hashable, Callable[[], None]] = {}
-        self._results: tuple[Tensor, ...] = ()  # of the graphs: logits and hits
+        self._logits: Tensor | None = None  # of the graphs
+        arch = model.arch
+        # (token, expert) pairs since the start; the last column is padding's.
+        self._calls = torch.zeros(
+            arch.num_layers, arch.num_experts + 1, dtype=torch.int64, device=cache.arena.device
+        )
         self._ladder = ladder(slots) if device.graphs else []
 
     @property
@@ -102,25 +106,24 @@ class Runner:
     def launch(self, batch: Batch) -> Launched:
         self._enter(batch)
         if not len(batch):
-            return Launched(batch.step, lambda: self._last[:0], None)
+            return Launched(batch.step, lambda: self._last[:0])
         slots, starts, counts, _, samples = _columns(batch)
         step = self.prepare(batch)
         # A key that start-up did not think of is computed as it is: capturing takes a pause.
         replay = self._graphs.get(_key(step)) if self._decoding(counts, samples) else None
         if replay is None:
-            logits, hits = self.compute(step)
+            logits = self.compute(step)
         else:
             replay()
-            logits, hits = self._results
+            assert self._logits is not None
+            logits = self._logits
         seats = slots[samples]
         chosen = self._choose(logits[: len(seats)], seats, (starts + counts)[samples])
         self._last[self._device.send(torch.from_numpy(seats))] = chosen
-        fetch = self._device.fetch
         mine = self._group.rank == 0
         return Launched(
             batch.step,
-            fetch(chosen),
-            fetch(hits) if mine else None,
+            self._device.fetch(chosen),
             self._fetch_logprobs(logits[: len(seats)], seats, chosen) if mine else None,
             self._sampler.walks(seats),
         )
@@ -136,18 +139,24 @@ class Runner:
         return lambda: read_logprobs(rows, wanted, fetched())
 
     def collect(self, launched: Launched) -> StepResult:
-        calls: list[int] = []
-        if launched.hits is not None:
-            calls = self._layout.calls_by_rank(launched.hits().tolist())
         tokens, errors = launched.tokens().tolist(), {}
         for row, walk in launched.walks:
             walk.advance([tokens[row]])
             if walk.error:
                 errors[row] = walk.error
         logprobs = launched.logprobs() if launched.logprobs is not None else {}
-        return StepResult(
-            launched.step, tokens, expert_calls=calls, logprobs=logprobs, errors=errors
-        )
+        return StepResult(launched.step, tokens, logprobs=logprobs, errors=errors)
+
+    def expert_calls(self) -> Callable[[], tuple[list[list[int]], list[list[int]]]]:
+        """(token, expert) pairs since the start, [layers][experts] and [layers][ranks]. Starts
+        copying them; the call waits for it."""
+        fetched = self._device.fetch(self._calls)
+
+        def read() -> tuple[list[list[int]], list[list[int]]]:
+            calls: list[list[int]] = fetched()[:, :-1].tolist()
+            return calls, [self._layout.calls_by_rank(layer) for layer in calls]
+
+        return read
 
     def prepare(self, batch: Batch) -> Step:
         """A step's inputs, sent to the device."""
@@ -209,15 +218,15 @@ class Runner:
         self._device.flush()
         return step
 
-    def compute(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Logits [S, vocabulary] and the tokens of every expert, int64 [experts]; on the device."""
+    def compute(self, step: Step) -> Tensor:
+        """Logits [S, vocabulary] on the device, where the tokens of every expert are counted."""
         tokens = torch.where(step.tokens < 0, self._last[step.slots], step.tokens)
+        logits: Tensor
         logits, experts = self._model(tokens, step.positions, step.plans, self._cache, step.last)
-        number = self._model.arch.num_experts
-        ids = experts.flatten().long()
-        ids = torch.where(ids < 0, number, ids)  # padding
-        hits = torch.zeros(number + 1, dtype=torch.int64, device=ids.device)
-        return logits, hits.index_add_(0, ids, torch.ones_like(ids))[:number]
+        ids = experts.flatten(1).long()
+        ids = torch.where(ids < 0, self._calls.shape[1] - 1, ids)  # padding
+        self._calls.scatter_add_(1, ids, torch.ones_like(ids))
+        return logits
 
     @torch.inference_mode()
     def capture(self) -> int:
@@ -227,18 +236,17 @@ class Runner:
         for size in reversed(self._ladder):
             for length in [longest, *(1 << i for i in range(longest.bit_length()))]:
                 step = self._padding(size, length)
-                if not self._results:
-                    self._results = self.compute(step)
+                if self._logits is None:
+                    self._logits = self.compute(step)
                 if _key(step) not in self._graphs:
                     self._graphs[_key(step)] = self._device.capture(partial(self._record, step))
         return len(self._graphs)
 
     def _record(self, step: Step) -> None:
-        """Compute a step into the results that all graphs share: logits are large, graphs many."""
-        logits, hits = self.compute(step)
-        kept, sums = self._results
-        kept.narrow(0, 0, len(logits)).copy_(logits)
-        sums.copy_(hits)
+        """Compute a step into the logits that all graphs share: they are large, graphs many."""
+        assert self._logits is not None
+        logits = self.compute(step)
+        self._logits.narrow(0, 0, len(logits)).copy_(logits)
 
     def _padding(self, size: int, length: int) -> Step:
         """A decode step of nothing but padding, laid out for sequences of ``length`` tokens."""
@@ -264,7 +272,7 @@ class Runner:
         positions = np.arange(tokens) - np.repeat(ends - counts, counts)
         token_slots = np.repeat(slots, counts)
         step = self._send(ends - 1, slots, starts, counts, token_slots * 0, token_slots, positions)
-        logits, _ = self.compute(step)
+        logits = self.compute(step)
         self._sampler.logprobs(logits, slots, self._sampler(logits, slots, ends))
 
     def _decoding(self, counts: Ints, samples: Bools) -> bool:

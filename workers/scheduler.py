@@ -20,7 +20,6 @@ import heapq
 from bisect import insort
 from collections import Counter, deque
 from copy import copy
-from itertools import zip_longest
 from operator import attrgetter
 
 import msgspec
@@ -347,9 +346,6 @@ class Scheduler:
         for id in result.transfers:
             self.resolve(id, "remote_kv", now)
         load.steps += 1
-        if result.expert_calls:
-            calls = zip_longest(load.expert_calls, result.expert_calls, fillvalue=0)
-            load.expert_calls = [before + new for before, new in calls]
         return outputs
 
     def _publish(self, seq: Sequence, first: int, blocks: list[list[int]]) -> None:

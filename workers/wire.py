@@ -120,6 +120,7 @@ class Load(msgspec.Struct, gc=False, kw_only=True):
     prefix_hits: int = 0  # prompt tokens found there
     finished: dict[str, int] = {}  # by reason
     expert_calls: list[int] = []  # (token, expert) pairs computed, by rank
+    expert_imbalance: float = 1.0  # of these, see parallelism.placement; 1: evenly spread
     batch_tokens: int = 0  # tokens in the last step
     progress_ms: int = 0  # since a step ended, or since the engine became idle
 
@@ -218,6 +219,5 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
     tokens: list[int]
     counts: list[int] | None = None  # per sampling row; None: one each
     transfers: list[str] = []  # ids of requests whose KV transfer has finished
-    expert_calls: list[int] = []  # (token, expert) pairs computed by each rank in this step
     logprobs: dict[int, Logprobs] = {}  # by sampling row, of those that asked
     errors: dict[int, str] = {}  # sampling rows that got no token, and why: these requests end

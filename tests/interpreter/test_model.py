@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.llm import LLM, SamplingParams
@@ -11,7 +12,8 @@ from tests.checkpoints import tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
 from tests.fakes import Replaying
 from workers.config import Kernels
-from workers.runner import Runner, inputs_bytes
+from workers.runner import Launched, Runner, inputs_bytes
+from workers.wire import Batch
 
 PARAMS = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
@@ -45,7 +47,9 @@ def test_tokens_equal_the_references(tmp_path: Path, invariant: bool, kv: str) -
 # Padding's attention is never written, and what memory held may be anything.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("invariant", [False, True])
-def test_graphs_change_no_token(tmp_path: Path, invariant: bool) -> None:
+def test_graphs_change_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invariant: bool
+) -> None:
     """Decode steps padded and replayed, two in the air, through a pool that preempts: tokens equal
     those of eager steps, one at a time, on the reference kernels, and log probabilities, which are
     computed behind the graphs, are near theirs."""
@@ -69,7 +73,20 @@ def test_graphs_change_no_token(tmp_path: Path, invariant: bool) -> None:
     engine.runner.rehearse(16)
     assert engine.runner.capture() == device.captured
     captured = device.captured
+    before, _ = engine.runner.expert_calls()()
+    launch, computed = engine.runner.launch, bytearray()
+
+    def listening(batch: Batch) -> Launched:
+        computed.extend(batch.counts)
+        return launch(batch)
+
+    monkeypatch.setattr(engine.runner, "launch", listening)
     assert engine.generate(requests) == expected
+    # Padding is no token; a replay counts, too.
+    tokens = np.frombuffer(computed, np.int32).sum()
+    after, _ = engine.runner.expert_calls()()
+    pairs = [sum(layer) - sum(earlier) for layer, earlier in zip(after, before, strict=True)]
+    assert pairs == [tokens * engine.model.arch.experts_per_token] * engine.model.arch.num_layers
     assert device.replayed > 10
     for request in requests:
         ours, theirs = engine.logprobs[request.id], plain.logprobs[request.id]
