@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ RESULT = '{"temperature": 21}'
 
 
 @pytest.fixture
-def client(service: Service) -> OpenAI:
-    return OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE)
+def client(service: Service) -> Iterator[OpenAI]:
+    url = f"{service.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE) as client:
+        yield client
 
 
 def test_an_answer_and_what_it_took(client: OpenAI) -> None:
@@ -265,9 +268,9 @@ def test_a_file_of_responses_outlives_the_service(tmp_path: Path) -> None:
         service = Service(tmp_path / life, "--device", "cpu", "--response-store", str(file))
         try:
             service.wait_until_ready()
-            one = OpenAI(base_url=f"{service.url}/v1", api_key="none", timeout=DEADLINE)
-            made = made or one.responses.create(model="tiny-oss", input="What is 17 + 25?").id
-            assert one.responses.retrieve(made).output_text == "42"
+            with OpenAI(base_url=f"{service.url}/v1", api_key="none", timeout=DEADLINE) as one:
+                made = made or one.responses.create(model="tiny-oss", input="What is 17 + 25?").id
+                assert one.responses.retrieve(made).output_text == "42"
         finally:
             assert service.stop() == 0, service.said()
     assert file.stat().st_mode & 0o777 == 0o600

@@ -526,10 +526,17 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
         yield front
         front.until(front.idle)
     store.close()
+    for one in CLIENTS:
+        one.close()
+
+
+CLIENTS: list[official.OpenAI] = []
 
 
 def client(front: Front, key: str = "alice") -> official.OpenAI:
-    return official.OpenAI(base_url=f"{front.url}/v1", api_key=key, max_retries=0, timeout=DEADLINE)
+    one = official.OpenAI(base_url=f"{front.url}/v1", api_key=key, max_retries=0, timeout=DEADLINE)
+    CLIENTS.append(one)
+    return one
 
 
 def test_a_response_is_there_until_it_is_deleted(front: Front) -> None:

@@ -31,8 +31,10 @@ LONG = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": Tru
 
 
 @pytest.fixture
-def client(service: Service) -> OpenAI:
-    return OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE)
+def client(service: Service) -> Iterator[OpenAI]:
+    url = f"{service.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE) as client:
+        yield client
 
 
 def test_the_official_client_gets_an_answer(client: OpenAI) -> None:
