@@ -7,6 +7,7 @@ sequence that was preempted or resumed walks there again.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import logging
@@ -52,7 +53,9 @@ def trouble(grammars: Sequence[str]) -> tuple[int, str] | None:
 
 @functools.cache
 def _trial() -> _Trial:
-    return _Trial()
+    trial = _Trial()
+    atexit.register(trial.end)
+    return trial
 
 
 class _Trial:
@@ -67,8 +70,9 @@ class _Trial:
 
     def run(self, grammars: Sequence[str]) -> tuple[int, str] | None:
         with self._lock:
-            child = self._child
-            if child is None or child.poll() is not None:
+            if self._child is not None and self._child.poll() is not None:
+                self.end()
+            if (child := self._child) is None:
                 child = self._child = subprocess.Popen(
                     [sys.executable, "-P", __file__],
                     stdin=subprocess.PIPE,
@@ -86,13 +90,20 @@ class _Trial:
                     print(json.dumps(grammars), file=child.stdin, flush=True)
                 for at in range(len(grammars)):
                     if not (line := child.stdout.readline()):
-                        log.warning("a JSON schema took too much: %s", child.wait())
+                        self.end()
+                        log.warning("a JSON schema took too much: exit %s", child.returncode)
                         return at, f"it takes more than {TRIAL_SECONDS} s to compile"
                     if why := json.loads(line):
                         return at, why
             finally:
                 giving_up.cancel()
             return None
+
+    def end(self) -> None:
+        """The process, if there is one, with its input."""
+        if self._child is not None:
+            self._child.communicate()
+            self._child = None
 
 
 def _try_grammars() -> None:
