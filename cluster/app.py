@@ -13,6 +13,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -115,6 +116,7 @@ class Ingress:
         self._engines = Engines(text, vocab_size, key, lease)
         self._admission = Admission(limits)
         self._metrics = Metrics(self._engines.loads)
+        self._trials = ThreadPoolExecutor(1, "schemas")
         self._gets: Mapping[str, Callable[[Exchange], Awaitable[None]]] = {
             "/health": self._health,
             "/ready": self._ready,
@@ -165,6 +167,7 @@ class Ingress:
             await receive()
         finally:
             leave()
+            self._trials.shutdown(wait=False, cancel_futures=True)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _route(self, exchange: Exchange) -> None:
@@ -339,12 +342,12 @@ class Ingress:
             self._admission.weigh(asked.ticket, len(call.requests), size, time.monotonic())
         except Full as full:
             raise _crowded(full) from None
-        if call.schemas:
-            await asyncio.to_thread(structure.check, call.schemas)
         inbox = Inbox()
         watch = asyncio.create_task(exchange.watch(inbox.leave))
         held: dict[str, Held] = {}
         try:
+            if call.schemas:
+                await self._check(call, watch)
             for request in call.requests:
                 held[request.id] = await self._engines.submit(asked.timed(request), inbox.put)
             await self._deliver(exchange, reply, inbox, held, asked, end)
@@ -354,6 +357,18 @@ class Ingress:
                 each.release()
             leases = [each.lease for each in held.values()]
             await asyncio.gather(watch, *leases, return_exceptions=True)
+
+    async def _check(self, call: Call, watch: asyncio.Task[None]) -> None:
+        """Try the call's schemas when it is their turn. Raises Refusal, and Disconnected."""
+        loop = asyncio.get_running_loop()
+        checked = loop.run_in_executor(self._trials, structure.check, call.schemas)
+        try:
+            await asyncio.wait((checked, watch), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone = checked.cancel()  # false where it is done; one that waits never runs
+        if gone:
+            raise Disconnected
+        checked.result()
 
     async def _deliver(
         self,

@@ -128,6 +128,11 @@ def chat_prompt(asked: ChatBody, models: Mapping[str, Model]) -> tuple[Model, li
     if not asked.messages:
         raise Refusal("messages must not be empty", param="messages")
     tools = [_tool(at, tool) for at, tool in enumerate(asked.tools)]
+    named: set[str] = set()
+    for at, tool in enumerate(asked.tools):
+        if (name := tool.function.name) in named:
+            raise Refusal(f"tools[{at}]: another tool is called {name!r}", param=f"tools[{at}]")
+        named.add(name)
     options = {}
     if asked.reasoning_effort is not None:
         if asked.reasoning_effort not in ("low", "medium", "high"):
@@ -285,7 +290,7 @@ def _tool(at: int, tool: Tool) -> dict[str, Any]:
         raise Refusal(
             f"{where}.type {_brief(tool.type)} is not supported (function is)", param=where
         )
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool.function.name):
+    if not structure.NAME.fullmatch(tool.function.name):
         raise Refusal(f"{where}.function.name must be 1 to 64 letters, digits, _ or -", param=where)
     function = {
         name: value

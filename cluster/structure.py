@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import msgspec
 
-from cluster.schema import AllowedTools, ChatBody, JsonSchema, NamedTool, Refusal
+from cluster.schema import (
+    AllowedTools,
+    ChatBody,
+    FunctionSchema,
+    JsonSchema,
+    NamedTool,
+    Refusal,
+)
 from cluster.text import Text
 from workers.grammar import trouble
 
 MAX_SCHEMAS = 64 << 10  # characters of JSON, all of a request's together
+MAX_MULTIPLE = 10_000  # a number in a document has as many states: some KiB and microseconds each
 # Control tokens of an answer, in the order of ``_harmony``.
 FRAME = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -43,6 +53,7 @@ def understand(asked: ChatBody) -> Form | None:
     """The form that a request asks for; None: its answer may be anything. Raises Refusal."""
     called, must_call, restricted = _choice(asked)
     schemas: list[tuple[str, str]] = []
+    given: list[Any] = []
     calls: dict[str, Mapping[str, Any]] = {}
     for at, tool in enumerate(asked.tools):
         function = tool.function
@@ -50,14 +61,16 @@ def understand(asked: ChatBody) -> Form | None:
             continue
         calls[function.name] = OBJECT
         if function.strict:
-            calls[function.name] = schema = function.parameters or EMPTY
+            calls[function.name] = schema = _parameters(function, f"tools[{at}]")
             schemas.append((f"tools[{at}]", _alone(schema, f"tools[{at}]")))
+            given.append(schema)
     document = None
     if (format := asked.response_format) is not None and format.type != "text":
         document = OBJECT
         if format.type == "json_schema":
             document = _json_schema(format.json_schema)
             schemas.append(("response_format", _alone(document, "response_format")))
+            given.append(document)
     if document is None and not (must_call or restricted or schemas):
         return None
     if (size := sum(len(text) for _, text in schemas)) > MAX_SCHEMAS:
@@ -65,6 +78,13 @@ def understand(asked: ChatBody) -> Form | None:
             f"the request's JSON schemas have {size} characters; at most {MAX_SCHEMAS} are taken",
             param=schemas[-1][0],
         )
+    for (where, _), multiple in zip(schemas, _multiples(given), strict=True):
+        if multiple > MAX_MULTIPLE:
+            raise Refusal(
+                f"{where}: multipleOf cannot be enforced: the least common multiple of all there "
+                f"are must be at most {MAX_MULTIPLE}, without decimal point and zeros at the end",
+                param=where,
+            )
     if asked.ignore_eos:
         raise Refusal(
             "ignore_eos=true does not go with a response_format or with enforced tool calls: the "
@@ -81,9 +101,9 @@ def understand(asked: ChatBody) -> Form | None:
 
 def check(schemas: Sequence[tuple[str, str]]) -> None:
     """Try the schemas of a form. Not for an event loop. Raises Refusal."""
-    for where, alone in schemas:
-        if why := _trouble(alone):
-            raise Refusal(f"{where}: the JSON schema cannot be enforced: {why}", param=where)
+    if found := _trouble(tuple(alone for _, alone in schemas)):
+        where, why = schemas[found[0]][0], found[1]
+        raise Refusal(f"{where}: the JSON schema cannot be enforced: {why}", param=where)
 
 
 _trouble = functools.lru_cache(maxsize=256)(trouble)
@@ -149,6 +169,37 @@ def _json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 
+def _multiples(schemas: Sequence[Any]) -> Iterator[int]:
+    """The least common multiple of every ``multipleOf`` up to each schema, decimals as integers,
+    without zeros at its end, which cost nothing.
+
+    Whatever of them meet in one place of a document, alone or in ``allOf`` and ``anyOf``, their
+    automaton counts modulo a divisor of that.
+    """
+    digits, multiple = 0, 1
+    for schema in schemas:
+        queue = [schema]
+        while queue and multiple.bit_length() < 4096:
+            at = queue.pop()
+            queue += at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()
+            number = at.get("multipleOf") if isinstance(at, dict) else None
+            if isinstance(number, int | float) and number > 0:
+                exact = Decimal(repr(number)).normalize()
+                more = max(0, -int(exact.as_tuple().exponent) - digits)
+                digits += more
+                multiple = math.lcm(multiple * 10**more, int(exact.scaleb(digits)))
+        yield int(str(multiple).rstrip("0"))
+
+
+def _parameters(function: FunctionSchema, where: str) -> Mapping[str, Any]:
+    """The schema of a strict tool's arguments, which are an object whatever it says."""
+    schema = function.parameters or EMPTY
+    kinds = schema.get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise Refusal(f"{where}.function.parameters: the type of arguments is object", param=where)
+    return {**schema, **OBJECT}
+
+
 def _alone(schema: Mapping[str, Any], where: str) -> str:
     if "x-guidance" in schema:  # llguidance's own; it could switch off what is promised
         raise Refusal(f"{where}: x-guidance is not supported in a JSON schema", param=where)
@@ -168,7 +219,7 @@ def _json_schema(given: JsonSchema | None) -> Mapping[str, Any]:
 
 
 def _choice(asked: ChatBody) -> tuple[set[str], bool, bool]:
-    """Names that may be called, whether one must be, and whether others are shown but barred."""
+    """Names that may be called, whether one must be, and whether all others are barred."""
     choice = asked.tool_choice
     known = {tool.function.name for tool in asked.tools}
     must_call, names = choice == "required", known
@@ -183,4 +234,4 @@ def _choice(asked: ChatBody) -> tuple[set[str], bool, bool]:
         raise Refusal(f"tool_choice: no tool is called {min(unknown)[:64]!r}", param="tool_choice")
     if must_call and not names:
         raise Refusal("tool_choice asks for a call and there are no tools", param="tool_choice")
-    return names, must_call, names != known and choice != "none"
+    return names, must_call, isinstance(choice, AllowedTools)

@@ -208,12 +208,14 @@ def test_a_grammar_is_prepared_beside_the_steps(
     assert published.end("gone").reason == "abort"
     assert not published.tokens.get("held")
     assert asked == ["any"], "one at a time"
+    asked.clear()
     ready.set()
     for id in ("held", "bad", "worse"):
         tokens, reason, _ = generate(held[id], CONFIG, KV.groups, VOCAB)
         assert published.end(id).reason == reason
         assert published.tokens[id] == tokens
     assert published.end("bad").detail == BROKEN
+    assert asked == [BROKEN, "worse"], "nothing is prepared for those that have ended"
     assert loop.trouble() is None
 
 

@@ -15,7 +15,7 @@ import msgspec
 import psutil
 import pytest
 
-from cluster import directory, exchange
+from cluster import directory, exchange, structure
 from cluster.keys import sha256
 from cluster.reply import Reply
 from tests.front import DEADLINE, LENGTH, Front, head
@@ -118,6 +118,45 @@ def test_a_client_may_leave_at_every_point_of_a_stream(front: Front) -> None:
         list(pool.map(leave, [0, 1, 2, 17, 60, 150, 151, 200, 333, 500, 777, 1024, 2000, 3001]))
     front.until(front.idle)
     assert front.scheduler.load().finished["abort"] > aborted
+
+
+def test_schemas_whose_clients_have_left_are_never_tried(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, ready = [], threading.Event()
+
+    def check(schemas: tuple[tuple[str, str], ...]) -> None:
+        tried.append(schemas[0][1])
+        assert ready.wait(DEADLINE)
+
+    monkeypatch.setattr(structure, "check", check)
+
+    def ask(number: int, *headers: bytes) -> bytes:
+        named = {"name": "a", "schema": {"const": number}}
+        body = msgspec.json.encode(
+            {
+                "messages": [{"role": "user", "content": "hello"}],
+                "max_tokens": 5,
+                "response_format": {"type": "json_schema", "json_schema": named},
+            }
+        )
+        return head("/v1/chat/completions", body, *headers) + body
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(front.raw, ask(0))
+        front.until(lambda: len(tried) == 1)
+        assert split(front.raw(ask(1, b"X-Request-Timeout: 0.1")))[0] == 408
+        for number in range(2, 40):
+            with socket.create_connection(("127.0.0.1", front.port), DEADLINE) as sock:
+                sock.sendall(ask(number))
+        body = b'{"prompt": "a"' + b" " * 20_000 + b"}"  # long enough for a thread
+        assert split(front.raw(head("/tokenize", body) + body))[0] == 200
+        front.until(lambda: len(front._ingress._admission) == 1)
+        ready.set()
+        assert split(first.result())[0] == 200
+        assert split(front.raw(ask(40)))[0] == 200
+    assert len(tried) == 2
+    front.until(front.idle)
 
 
 def test_a_client_that_takes_nothing_is_hung_up_on(

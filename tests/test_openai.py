@@ -271,6 +271,12 @@ def test_fields_not_served_are_refused_by_name_unless_neutral(kind: str) -> None
         ("completions", {"response_format": {"type": "json_object"}}, "response_format", "not ava"),
         ("chat", {"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0]", "custom"),
         ("chat", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]", "64"),
+        (
+            "chat",
+            {"tools": [{"type": "function", "function": {"name": "f"}}] * 2},
+            "tools[1]",
+            "'f'",
+        ),
         ("chat", {"messages": []}, "messages", "empty"),
         ("chat", {"messages": [{"role": "king", "content": ""}]}, "messages[0].role", "king"),
         ("chat", {"messages": [{"role": "user"}]}, "messages[0].content", "missing"),

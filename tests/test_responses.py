@@ -211,6 +211,7 @@ def test_control_tokens_in_items_are_text() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0]", "'web_search' is not supported"),
         ({"tools": [{"type": "function"}]}, "tools[0]", "name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0]", "letters"),
+        ({"tools": [TOOL, TOOL]}, "tools[1]", "another tool"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading", ""),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "web_search"),
         ({"tool_choice": "maybe"}, "tool_choice", "maybe"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,52 @@ def test_tool_choices_give_the_calls_they_ask_for(llm: LLM, function: dict[str, 
         jsonschema.validate(arguments, schema[name])
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"properties": {"a": {"type": "integer", "maximum": 9}}},
+        {"type": ["string", "object"], "maxProperties": 0},
+        {"anyOf": [{"type": "string"}, WEATHER["parameters"]]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"enum": ["a", {"b": 1}]}}},
+    ],
+)
+def test_arguments_of_strict_tools_are_objects(llm: LLM, parameters: dict[str, Any]) -> None:
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    call = understood(llm, "hello", tools=tools(function), tool_choice="required")
+    grammar = call.requests[0].grammar
+    start = [*tokens_of(llm, " to=functions.f", "<|channel|>"), *tokens_of(llm, "commentary")]
+    walk = llm._grammars.enter(grammar, [*start, *tokens_of(llm, "", "<|message|>")])
+    assert not walk.error
+    bits = llm._grammars.masks([walk])[0].view(np.uint8)
+    allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
+    assert allowed
+    assert {llm._model.text.decode([token])[:1] for token in allowed} == {"{"}
+
+
+def tokens_of(llm: LLM, text: str, *control: str) -> list[int]:
+    return [*llm._model.text.encode_plain(text), *(llm._model.text.control[c] for c in control)]
+
+
+@pytest.mark.parametrize("type", ["string", ["string", "null"], None])
+def test_strict_tools_of_another_type_are_refused(llm: LLM, type: Any) -> None:
+    function = {"name": "f", "strict": True, "parameters": {"type": type}}
+    with pytest.raises(Refusal, match=r"tools\[0\].function.parameters: .* object"):
+        understood(llm, "hello", tools=tools(function))
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_bar_what_nobody_declared(llm: LLM, mode: str) -> None:
+    """All of the tools are allowed, and no other."""
+    named = [{"type": "function", "function": {"name": name}} for name in ("loose", "weather")]
+    asked = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+    function = {**WEATHER, "strict": False}
+    call = understood(llm, "hello", tools=tools(LOOSE, function), tool_choice=asked)
+    for name, error in (("weather", False), ("clock", True)):
+        tokens = tokens_of(llm, f" to=functions.{name}", "<|channel|>")
+        assert bool(llm._grammars.enter(call.requests[0].grammar, tokens).error) == error
+
+
 def test_strict_tools_leave_the_choice_to_the_model(llm: LLM) -> None:
     """Where what it wants to write is valid it writes that."""
     free, held, expected = [], [], []
@@ -355,23 +403,21 @@ def test_stop_tokens_end_a_document_early(llm: LLM) -> None:
 
 
 def test_a_grammar_that_leads_nowhere_ends_its_request_alone(llm: LLM) -> None:
-    """Neither can be found before: one value in, or one digit, nothing can follow."""
+    """It cannot be found before: one value in, nothing can follow."""
     circle = {
         "prefixItems": [{"enum": ["a", 1]}, {"$ref": "#/$defs/a"}],
         "minItems": 2,
         "type": "array",
         "$defs": {"a": {"$ref": "#/$defs/a"}},
     }
-    multiple = {"type": "integer", "multipleOf": 999983, "minimum": 0, "maximum": 10**15}
     free = understood(llm, "Spell the word banana.")
-    for schema in (circle, multiple):
-        bad = understood(llm, "hello", response_format=schema_format(schema))
-        with pytest.raises(Refusal, match="the grammar cannot go on"):
-            llm._finish([bad, free])
-        (answer,) = llm._finish([free])
-        assert answer.text == "b-a-n-a-n-a"
-        load = llm._scheduler.load()
-        assert (load.running, load.waiting, load.free) == (0, 0, load.blocks)
+    bad = understood(llm, "hello", response_format=schema_format(circle))
+    with pytest.raises(Refusal, match="the grammar cannot go on"):
+        llm._finish([bad, free])
+    (answer,) = llm._finish([free])
+    assert answer.text == "b-a-n-a-n-a"
+    load = llm._scheduler.load()
+    assert (load.running, load.waiting, load.free) == (0, 0, load.blocks)
 
 
 def test_more_grammars_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,20 +450,29 @@ def test_without_a_tokenizer_a_walk_is_an_error(tmp_path: Path) -> None:
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
         ({"type": "string", "format": "colour"}, "Unknown format: colour"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "nothing is allowed"),
-        ({"allOf": [{"multipleOf": n, "type": "integer"} for n in (9973, 9967, 9949)]}, "fuel"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "cannot be enforced"),
+        ({"multipleOf": 99991, "type": "integer"}, "multipleOf"),
+        ({"items": {"multipleOf": 0.99991}}, "multipleOf"),
+        ({"allOf": [{"multipleOf": n, "type": "integer"} for n in (9973, 7)]}, "multipleOf"),
+        ({"anyOf": [{"multipleOf": n, "type": "integer"} for n in (997, 9.91)]}, "multipleOf"),
+        ({"patternProperties": {f"^{n}": {} for n in range(1000, 3000)}}, "2 s to compile"),
+        ({"allOf": [{"type": "string", "pattern": str(n)} for n in range(1000)]}, "2 s to compile"),
         ({"type": "strng"}, "Invalid type: strng"),
         ({"enum": []}, "Unsatisfiable"),
-        ({"type": "integer", "minimum": 3, "maximum": 2}, "greater than maximum"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable"),
         ({"$ref": "http://127.0.0.1/x"}, "not present"),
         ({"properties": {"a": {"not": {}}}}, '["not"]'),
         ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance"),
         ({"enum": ["x" * (structure.MAX_SCHEMAS + 1)]}, "65536"),
-        ({"type": ["string", 3]}, ""),
+        ({"type": ["string", "object", 3]}, ""),
     ],
 )
 def test_what_cannot_be_enforced_is_refused(llm: LLM, schema: Any, says: str) -> None:
-    function = {"name": "f", "strict": True, "parameters": schema}
+    # Arguments are objects, whatever they hold.
+    inside = schema
+    if schema.keys() & {"type", "oneOf", "allOf"}:
+        inside = {"properties": {"a": schema}, "required": ["a"]}
+    function = {"name": "f", "strict": True, "parameters": inside}
     forms: list[Any] = [
         ("response_format", {"response_format": schema_format(schema)}),
         ("tools[1]", {"tools": tools(CLOCK, function)}),
@@ -432,6 +487,33 @@ def test_what_cannot_be_enforced_is_refused(llm: LLM, schema: Any, says: str) ->
         assert len(error["message"]) < 500
     loose = tools({**function, "strict": False})
     assert understood(llm, "hello", tools=loose).requests[0].grammar == ""
+
+
+@pytest.mark.parametrize("multiples", [[0.01, 1000, 7], [1e6, 0.25], [9973], [64, 125, 0.5]])
+def test_multiples_that_can_be_counted_are_enforced(llm: LLM, multiples: list[float]) -> None:
+    schema = {"items": {"anyOf": [{"multipleOf": n, "type": "number"} for n in multiples]}}
+    understood(llm, "hello", response_format=schema_format(schema))
+
+
+def test_the_multiples_of_a_requests_schemas_count_together(llm: LLM) -> None:
+    functions = [
+        {"name": f"f{n}", "strict": True, "parameters": {"properties": {"a": {"multipleOf": n}}}}
+        for n in (97, 101, 103)
+    ]
+    with pytest.raises(Refusal, match=r"tools\[2\]: multipleOf"):
+        understood(llm, "hello", tools=tools(*functions))
+    understood(llm, "hello", tools=tools(*functions[:2]))
+
+
+def test_the_stacks_of_other_threads_stay_as_they_are(llm: LLM) -> None:
+    before = threading.stack_size()
+
+    def compile(n: int) -> None:
+        llm._grammars.compile(f'start: "{n}"')
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(compile, range(400)))
+    assert threading.stack_size() == before
 
 
 def test_too_many_choices_are_refused(llm: LLM) -> None:

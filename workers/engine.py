@@ -207,7 +207,8 @@ class EngineLoop:
 
     def _prepare(self, request: Request) -> None:
         try:
-            self._compile(request.grammar)
+            if request.id in self._live:  # it may have ended while others were compiled
+                self._compile(request.grammar)
         finally:
             self._put(Compiled(request.id))
 

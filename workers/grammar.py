@@ -7,13 +7,20 @@ sequence that was preempted or resumed walks there again.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import logging
+import math
+import os
 import re
+import resource
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +29,100 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, Token
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 ANYTHING = r"start: /(.|\n)*/"
-KEPT = 32  # compiled grammars, each with the lexer states that its walks have made
+KEPT = 16  # compiled grammars, each with the lexer states of its walks: at most 1.1 GiB of them
 STACK = 128 << 20  # bytes; compiling recurses through a schema's references, 8 KiB a level
 # A state takes 0.7 KiB, and a string of bounded length seven for each character. Errors do not show
 # the grammar and what was generated.
 LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
+TRIAL_SECONDS = 2  # of CPU, for all grammars of a request; most take a few milliseconds
+TRIAL_BYTES = 4 << 30  # of address space, where a process has half a GiB before its first grammar
+_STACK_SIZE = threading.Lock()  # of new threads, a setting of the whole process
 
 log = logging.getLogger(__name__)
 
 
-def trouble(grammar: str) -> str:
-    """Why a grammar without control tokens leads nowhere; empty if it can begin.
+def trouble(grammars: Sequence[str]) -> tuple[int, str] | None:
+    """The first of ``grammars``, without control tokens, that leads nowhere, and why.
 
-    Of bounded cost, but not for an event loop: half a second for the worst that was found.
+    Tried in a process of its own, as the library's limits do not bound all that a schema can ask
+    for: a hundred ``patternProperties`` take a second, a thousand would take minutes. Not for an
+    event loop.
     """
+    return _trial().run(grammars)
+
+
+@functools.cache
+def _trial() -> _Trial:
+    trial = _Trial()
+    atexit.register(trial.end)
+    return trial
+
+
+class _Trial:
+    """A process that compiles grammars until one takes too much; the next one gets a new process.
+
+    It ends when its input does, and so with whoever started it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[str] | None = None
+
+    def run(self, grammars: Sequence[str]) -> tuple[int, str] | None:
+        with self._lock:
+            if self._child is not None and self._child.poll() is not None:
+                self.end()
+            if (child := self._child) is None:
+                child = self._child = subprocess.Popen(
+                    [sys.executable, "-P", __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                    text=True,
+                    start_new_session=True,
+                )
+            assert child.stdin is not None
+            assert child.stdout is not None
+            giving_up = threading.Timer(30.0 + TRIAL_SECONDS, child.kill)
+            giving_up.start()
+            try:
+                with suppress(BrokenPipeError):
+                    print(json.dumps(grammars), file=child.stdin, flush=True)
+                for at in range(len(grammars)):
+                    if not (line := child.stdout.readline()):
+                        self.end()
+                        log.warning("a JSON schema took too much: exit %s", child.returncode)
+                        return at, f"it takes more than {TRIAL_SECONDS} s to compile"
+                    if why := json.loads(line):
+                        return at, why
+            finally:
+                giving_up.cancel()
+            return None
+
+    def end(self) -> None:
+        """The process, if there is one, with its input."""
+        if self._child is not None:
+            self._child.communicate()
+            self._child = None
+
+
+def _try_grammars() -> None:
+    """What the process of a trial does: lists of grammars in, a line for each one tried out."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, TRIAL_BYTES))
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = math.ceil(used.ru_utime + used.ru_stime) + TRIAL_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+        for grammar in json.loads(line):
+            why = _try(grammar)
+            print(json.dumps(why), flush=True)
+            if why:
+                break
+
+
+def _try(grammar: str) -> str:
+    """Why a grammar leads nowhere; empty if it can begin."""
     found: list[str] = []
 
     def check() -> None:
@@ -148,12 +235,13 @@ class Grammars:
 
 def _deep(work: Callable[[], None]) -> None:
     """Call ``work`` on a stack that no schema exhausts: that would end the process."""
-    before = threading.stack_size(STACK)
-    try:
-        thread = threading.Thread(target=work)
-        thread.start()
-    finally:
-        threading.stack_size(before)
+    thread = threading.Thread(target=work)
+    with _STACK_SIZE:
+        before = threading.stack_size(STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
     thread.join()
 
 
@@ -179,3 +267,7 @@ def _brief(text: str) -> str:
         return "nothing is allowed where it stands"
     first += "".join(f" {line}" for line in rest if line.startswith("error: "))
     return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", first)[:300]
+
+
+if __name__ == "__main__":
+    _try_grammars()
