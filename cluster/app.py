@@ -39,7 +39,13 @@ THREAD_BYTES = 16 << 10  # bodies longer than this are understood in a thread
 OPEN = ("/health", "/ready", "/metrics")  # no API key is needed for these
 MODEL = "/v1/models/"  # and a name
 RESPONSE = "/v1/responses/"  # and an id
-PAGE = {"after", "include", "limit", "order"}  # in queries; all that may be included is there
+PAGE = ("after", "limit", "order")  # in queries
+INCLUDE = ("include", "include[]")  # likewise; the second is how OpenAI's clients write a list
+ABSENT = {  # below /v1/responses
+    "cancel": "there are no responses in the background",
+    "compact": "no context is compacted",
+    "input_tokens": "POST /tokenize counts those of a chat",
+}
 
 log = logging.getLogger(__name__)
 
@@ -272,15 +278,14 @@ class Ingress:
     async def _responses(self, exchange: Exchange, asked: Asked) -> None:
         size, owner = len(asked.body), asked.ticket.key
         body = await self._understand(size, responses.read, asked.body)
-        turns: list[Turn] | None = []
+        turns: list[Turn] = []
         if body.previous_response_id is not None:
-            turns = await self._shelf.turns(body.previous_response_id, owner)
-            if turns is None:
-                raise Refusal(
-                    f"Previous response with id '{body.previous_response_id[:64]}' not found.",
-                    param="previous_response_id",
-                    code="previous_response_not_found",
-                )
+            missing = Refusal(
+                f"Previous response with id '{body.previous_response_id[:64]}' not found.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+            turns = await self._turns(body.previous_response_id, owner, missing)
             size += sum(len(turn.input) + len(turn.output) for turn in turns)
         reply = Response(await self._call(size, responses.understand, body, turns), body)
 
@@ -289,9 +294,26 @@ class Ingress:
 
         await self._generate(exchange, asked, reply, end)
 
+    async def _turns(self, id: str, owner: str, missing: Refusal) -> list[Turn]:
+        """A conversation up to a response that was kept. Raises Refusal."""
+        if (turns := await self._shelf.turns(id, owner)) is not None:
+            return turns
+        if await self._shelf.body(id, owner) is None:
+            raise missing
+        raise Refusal(
+            f"The response with id '{id[:64]}' is there, but not all of its earlier turns: one was "
+            "deleted, or has gone unused for too long, or they are too many.",
+            status=missing.status,
+            param=missing.param,
+            code="earlier_turn_not_found",
+        )
+
     async def _response(self, exchange: Exchange, owner: str) -> None:
         """A response that was kept. Those of other API keys are not there."""
         id, _, part = exchange.path.removeprefix(RESPONSE).partition("/")
+        if why := ABSENT.get(part or id):
+            message = f"{exchange.path[:256]} is not supported: {why}"
+            raise Refusal(message, status=404, code="not_found")
         missing = Refusal(
             f"Response with id '{id[:64]}' not found.", status=404, code="response_not_found"
         )
@@ -304,16 +326,19 @@ class Ingress:
             return await exchange.answer(200, msgspec.json.encode(said))
         if exchange.method not in ("GET", "HEAD"):
             raise _not_taken(exchange, "GET, HEAD" if part else "GET, HEAD, DELETE")
-        unknown = exchange.query.keys() - (PAGE if part else {"include"})
-        if unknown and exchange.query != {"stream": "false"}:
+        asked = exchange.query
+        if unknown := asked.keys() - {*INCLUDE, *(PAGE if part else ("stream",))}:
             name = min(unknown)[:64]
             raise Refusal(f"the query {name!r} is not supported", param=name)
+        if asked.get("stream", ["false"]) != ["false"]:
+            raise Refusal("a stored response is not streamed: leave out stream", param="stream")
+        for name in INCLUDE:
+            responses.check_included(asked.get(name, ()))
         if part:
-            turns = await self._shelf.turns(id, owner)
-            body = None if turns is None else input_items(turns, exchange.query)
-        else:
-            body = await self._shelf.body(id, owner)
-        if body is None:
+            turns = await self._turns(id, owner, missing)
+            page = {name: asked[name][-1] for name in PAGE if name in asked}
+            return await exchange.answer(200, input_items(turns, page))
+        if (body := await self._shelf.body(id, owner)) is None:
             raise missing
         return await exchange.answer(200, body)
 

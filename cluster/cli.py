@@ -397,13 +397,10 @@ def _hide(keys: list[str]) -> NoReturn:
 
 def _api_keys() -> tuple[ApiKey, ...]:
     """Hashes of the keys in the environment, which no process that we start gets to see."""
-    from cluster.keys import sha256
+    from cluster.keys import given
 
-    given = [key.strip() for key in os.environ.pop(API_KEY, "").split(",")]
-    return tuple(
-        ApiKey(name=f"key-{number}", sha256=sha256(key))
-        for number, key in enumerate(filter(None, given), 1)
-    )
+    secrets = [key.strip() for key in os.environ.pop(API_KEY, "").split(",")]
+    return tuple(given(secret) for secret in dict.fromkeys(filter(None, secrets)))
 
 
 def _ready(url: str, engines: list[dict[str, Any]]) -> None:

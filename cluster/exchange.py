@@ -34,7 +34,9 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.query = dict(urllib.parse.parse_qsl(scope["query_string"].decode("latin-1")))
+        self.query = urllib.parse.parse_qs(
+            scope["query_string"].decode("latin-1"), keep_blank_values=True
+        )
         self.status = 0  # once the answer has begun
         # The last words of a stream that fails.
         self.failing: Callable[[Refusal], bytes] = lambda refusal: b""
@@ -67,6 +69,14 @@ class Exchange:
                 f"the body must be {JSON}, not {kind[:64]!r}: send that content-type",
                 status=415,
                 code="unsupported_media_type",
+            )
+        coding = self.header("content-encoding") or "identity"
+        if coding.lower() != "identity":
+            raise Refusal(
+                f"the body must come as it is, not with the Content-Encoding {coding[:64]!r}",
+                status=415,
+                code="unsupported_media_type",
+                headers={"accept-encoding": "identity"},
             )
         if (length := self.header("content-length") or "").isdecimal() and int(length[:20]) > most:
             raise _too_large(most)

@@ -84,9 +84,13 @@ def edits(home: Path) -> str:
         *[f"errorfile {status} {home / str(status)}.http" for status in ERRORS],
     ]
     method = Refusal("there is no such method", headers={"allow": "GET, HEAD, POST"})
+    # Serve's own answers, which need no key. Its replicas give them, too, to a path that is written
+    # in another way.
+    absent = Refusal("this path does not exist", status=404, code="not_found")
     frontend = [
         f"http-request return status 400 {_answer(ODD)} unless {{ path_beg / }}",
         f"http-request return status 405 {_answer(method)} unless {{ method {METHODS} }}",
+        f"http-request return status 404 {_answer(absent)} if {{ path,url_dec -m beg -i /-/ }}",
         *[f"http-request del-header {name}" for name in SERVE],
         "http-request del-header x-request-id unless { req.fhdr_cnt(x-request-id) eq 1 } "
         f"{{ req.fhdr(x-request-id) -m reg '{ID}' }}",

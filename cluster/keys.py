@@ -40,21 +40,29 @@ def sha256(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def read(path: str | Path) -> tuple[ApiKey, ...]:
-    """The keys in a file. Raises BadKeys."""
+def given(secret: str) -> ApiKey:
+    """A key that was given without a name, named by its hash: what is stored under a name must not
+    change hands when keys come, go or change places."""
+    digest = sha256(secret)
+    return ApiKey(name=f"key-{digest[:12]}", sha256=digest)
+
+
+def read(path: str | Path, others: Sequence[ApiKey] = ()) -> tuple[ApiKey, ...]:
+    """The keys in a file after the ``others``, whose names it may not have. Raises BadKeys."""
     try:
         with Path(path).open("rb") as file:
-            keys = msgspec.convert(tomllib.load(file), _File).key
+            keys = (*others, *msgspec.convert(tomllib.load(file), _File).key)
     except OSError as error:
         raise BadKeys(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise BadKeys(f"{path} is not TOML: {error}") from None
     except (msgspec.ValidationError, UnicodeDecodeError) as error:
         raise BadKeys(f"{path}: {error}") from None
-    names = [key.name for key in keys]
-    if len(set(names)) < len(names):
-        raise BadKeys(f"{path} names two keys alike")
-    return tuple(keys)
+    if len({key.name for key in keys}) < len(keys):
+        raise BadKeys(f"{path} names two keys alike, or one like a key from elsewhere")
+    if len({key.sha256 for key in keys}) < len(keys):
+        raise BadKeys(f"{path} has a key twice, or one that was given elsewhere, too")
+    return keys
 
 
 class Keys:
@@ -98,7 +106,7 @@ class Keys:
             seen = (state.st_mtime_ns, state.st_size, state.st_ino)
             if seen != self._seen:
                 self._seen = seen
-                self._keys = self._given + read(self._file)
+                self._keys = read(self._file, self._given)
         except OSError as error:
             log.error("%s cannot be read: %s; its keys stay as they were", self._file, error)
         except BadKeys as error:

@@ -24,6 +24,7 @@ from cluster.schema import (
     Message,
     Refusal,
     StreamOptions,
+    TextPart,
     Tool,
 )
 from cluster.template import ChatTemplateError
@@ -119,7 +120,27 @@ def text_prompts(
 
 def chat_body(body: bytes) -> ChatBody:
     """A body of POST /v1/chat/completions. Raises Refusal."""
-    return convert(fields(body, "chat", ChatBody), ChatBody)
+    asked = fields(body, "chat", ChatBody)
+    _kinds("tools", asked.get("tools"), ("function",), "tools of type {} are not supported")
+    for where, message in _objects("messages", asked.get("messages")):
+        calls = "calls of type {} are not supported"
+        _kinds(f"{where}.tool_calls", message.get("tool_calls"), ("function",), calls)
+        parts = "parts of type {} are not available yet"
+        _kinds(f"{where}.content", message.get("content"), ("text", "refusal"), parts)
+    return convert(asked, ChatBody)
+
+
+def _objects(where: str, items: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a list, if it is one, each with where it is."""
+    listed = enumerate(items if isinstance(items, list) else ())
+    return [(f"{where}[{at}]", item) for at, item in listed if isinstance(item, dict)]
+
+
+def _kinds(where: str, items: Any, known: Sequence[str], why: str) -> None:
+    """Refuse items for what they are, before anybody wonders about their fields."""
+    for at, item in _objects(where, items):
+        if "type" in item and item["type"] not in known:
+            raise Refusal(f"{at}: {why.format(_brief(item['type']))}", param=at)
 
 
 def chat_prompt(asked: ChatBody, models: Mapping[str, Model]) -> tuple[Model, list[int]]:
@@ -138,7 +159,8 @@ def chat_prompt(asked: ChatBody, models: Mapping[str, Model]) -> tuple[Model, li
         if asked.reasoning_effort not in ("low", "medium", "high"):
             raise Refusal("reasoning_effort must be low, medium or high", param="reasoning_effort")
         options["reasoning_effort"] = asked.reasoning_effort
-    messages = [_message(at, message) for at, message in enumerate(asked.messages)]
+    called: set[str] = set()
+    messages = [_message(at, message, called) for at, message in enumerate(asked.messages)]
     _bound(model, sum(len(str(message.get("content", ""))) for message in messages), "messages")
     shown = tools if tools and asked.tool_choice != "none" else None
     try:
@@ -286,10 +308,6 @@ def _bound(model: Model, characters: int, param: str) -> None:
 def _tool(at: int, tool: Tool) -> dict[str, Any]:
     """A tool as chat templates take it."""
     where = f"tools[{at}]"
-    if tool.type != "function":
-        raise Refusal(
-            f"{where}.type {_brief(tool.type)} is not supported (function is)", param=where
-        )
     if not structure.NAME.fullmatch(tool.function.name):
         raise Refusal(f"{where}.function.name must be 1 to 64 letters, digits, _ or -", param=where)
     function = {
@@ -300,26 +318,29 @@ def _tool(at: int, tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _message(at: int, message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: text content, arguments of calls as objects."""
+def _message(at: int, message: Message, called: set[str]) -> dict[str, Any]:
+    """A message as chat templates take it: text content, arguments of calls as objects.
+
+    ``called`` are the ids of the calls before it, to which it adds its own.
+    """
     where = f"messages[{at}]"
     content = message.content
     if isinstance(content, list):
-        for part in content:
-            if part.type not in ("text", "refusal") or not isinstance(part.text, str):
-                raise Refusal(
-                    f"{where}.content: parts of type {_brief(part.type)} are not available yet"
-                    if part.type != "text"
-                    else f"{where}.content: a text part needs its text",
-                    param=f"{where}.content",
-                )
-        content = "\n".join(str(part.text) for part in content)
+        texts = [part.text if isinstance(part, TextPart) else part.refusal for part in content]
+        content = "\n".join(texts)
+    if message.refusal:
+        content = f"{content}\n{message.refusal}" if content else message.refusal
     if message.role == "tool" and message.tool_call_id is None:
         raise Refusal(f"{where}: a tool message needs tool_call_id", param=where)
-    if content is None and not (message.role == "assistant" and message.tool_calls):
-        content = message.refusal if message.role == "assistant" else None
-        if content is None:
-            raise Refusal(f"{where}: content is missing", param=f"{where}.content")
+    if message.tool_call_id is not None and message.tool_call_id not in called:
+        raise Refusal(
+            f"{where}: no message before it has a tool call with the id "
+            f"{_brief(message.tool_call_id)}",
+            param=f"{where}.tool_call_id",
+        )
+    called.update(call.id for call in message.tool_calls or ())
+    if content is None and not message.tool_calls:
+        raise Refusal(f"{where}: content is missing", param=f"{where}.content")
     out: dict[str, Any] = {"role": message.role}
     if content is not None:  # templates ask whether there is content before they look into it
         out["content"] = content

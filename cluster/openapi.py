@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from cluster.exchange import JSON, SECONDS
 from cluster.items import InputItems, ResponseBody
 from cluster.reply import _ChatChoice, _TextChoice, _Usage
-from cluster.responses import ResponsesBody
+from cluster.responses import INCLUDED, ResponsesBody
 from cluster.schema import IGNORED, LATER, NEVER, ChatBody, CompletionsBody, DetokenizeBody, Kind
 from cluster.store import NAME
 from cluster.tokens import Detokenized, Tokenized
@@ -105,7 +105,7 @@ STATUSES = {
     404: "There is no such model or response",
     408: "The body, or the answer, was not there in time",
     413: "The body is too large",
-    415: "The body is not JSON",
+    415: "The body is not plain JSON",
     429: "Too much is being asked; Retry-After says when to come again",
     503: "No engine could do it",
 }
@@ -155,11 +155,11 @@ def document(version: str) -> bytes:
             ),
             "/v1/responses": _post("Answer items", [ResponsesBody], ResponseBody, ResponseEvent),
             "/v1/responses/{id}": _get(
-                "A stored response", _ref(ResponseBody), *STORED, parameters=[ID]
+                "A stored response", _ref(ResponseBody), *STORED, parameters=[ID, *INCLUDE]
             )
             | {"delete": _get("Forget it", _ref(Deleted), *STORED, parameters=[ID])["get"]},
             "/v1/responses/{id}/input_items": _get(
-                "What it was made from", _ref(InputItems), *STORED, parameters=[ID, *PAGE]
+                "What it was made from", _ref(InputItems), *STORED, parameters=[ID, *INCLUDE, *PAGE]
             ),
             "/tokenize": _post(
                 "Ids of a prompt or of messages", [CompletionsBody, ChatBody], Tokenized
@@ -189,6 +189,15 @@ ID = {
     "required": True,
     "schema": {"type": "string", "pattern": f"^{NAME.pattern}$"},
 }
+INCLUDE = [
+    {
+        "name": name,
+        "in": "query",
+        "description": "changes nothing: a response is kept with what it was made with",
+        "schema": {"type": "array", "items": {"enum": [*INCLUDED]}},
+    }
+    for name in ("include", "include[]")
+]
 PAGE = [
     {"name": name, "in": "query", "schema": schema}
     for name, schema in {

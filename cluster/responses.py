@@ -163,12 +163,7 @@ def read(body: bytes) -> ResponsesBody:
         if isinstance(known, Said) and isinstance(known.content, str):
             type = "output_text" if known.role == "assistant" else "input_text"
             item["content"] = [{"type": type, "text": known.content}]
-    for name in asked.include:
-        if name not in INCLUDED:
-            raise Refusal(
-                f"include={name[:64]!r} is not supported ({' and '.join(INCLUDED)} are)",
-                param="include",
-            )
+    check_included(asked.include)
     if len(asked.metadata) > MAX_METADATA or any(
         len(name) > 64 or len(value) > 512 for name, value in asked.metadata.items()
     ):
@@ -176,6 +171,16 @@ def read(body: bytes) -> ResponsesBody:
             f"metadata takes {MAX_METADATA} pairs of up to 64 and 512 characters", param="metadata"
         )
     return asked
+
+
+def check_included(names: Sequence[str]) -> None:
+    """Raises Refusal where something cannot be included."""
+    for name in names:
+        if name not in INCLUDED:
+            raise Refusal(
+                f"include={name[:64]!r} is not supported ({' and '.join(INCLUDED)} are)",
+                param="include",
+            )
 
 
 def understand(

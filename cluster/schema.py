@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 Kind = Literal["completions", "chat", "responses"]
 RETRY_AFTER = "5"  # seconds in which an engine may have started again
@@ -139,9 +138,13 @@ class CompletionsBody(Body, kw_only=True, forbid_unknown_fields=True):
     skip_special_tokens: bool = True
 
 
-class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
-    text: str | UnsetType = UNSET
+class TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
+    text: str
+    prompt_cache_breakpoint: Any = None  # ignored
+
+
+class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal", forbid_unknown_fields=True):
+    refusal: str
 
 
 class FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
@@ -156,11 +159,22 @@ class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     index: int | None = None
 
 
+# Fields of messages that belong to one role.
+ROLES = {
+    "tool_call_id": "tool",
+    "tool_calls": "assistant",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+    "refusal": "assistant",
+    "annotations": "assistant",
+}
+
+
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A message of any role; answers of this API can be sent back as they came."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -170,7 +184,17 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     # Null in what the official client sends back.
     audio: None = None
     function_call: None = None
-    annotations: list[Any] | None = None
+    annotations: list[Any] | None = None  # ignored
+
+    def __post_init__(self) -> None:
+        for name, role in ROLES.items():
+            if role != self.role and getattr(self, name) not in (None, []):
+                raise ValueError(f"{name} belongs to {role} messages, not to {self.role} messages")
+        parts = self.content if isinstance(self.content, list) else ()
+        if self.role != "assistant" and any(isinstance(part, RefusalPart) for part in parts):
+            raise ValueError(f"parts of type 'refusal' are not for {self.role} messages")
+        if len({self.reasoning_content, self.reasoning} - {None}) > 1:
+            raise ValueError("reasoning_content and reasoning differ: send one of them")
 
 
 class FunctionSchema(msgspec.Struct, forbid_unknown_fields=True):
@@ -181,7 +205,7 @@ class FunctionSchema(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
+    type: Literal["function"]
     function: FunctionSchema
 
 
@@ -195,6 +219,10 @@ class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
 class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if self.json_schema is not None and self.type != "json_schema":
+            raise ValueError(f"json_schema does not go with type {self.type!r}")
 
 
 class FunctionName(msgspec.Struct, forbid_unknown_fields=True):

@@ -36,7 +36,7 @@ from cluster import haproxy, keys
 from cluster.store import Store
 from workers import hub
 from workers.architecture import parse
-from workers.config import ApiKey, ModelSpec, ServiceConfig
+from workers.config import ModelSpec, ServiceConfig
 from workers.recording import Recording, nothing
 
 ROOT = Path(__file__).parents[1]  # the folder of moeray.py
@@ -124,7 +124,7 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
     if model.data_parallel_size != 1:
         raise StartupError("data_parallel_size above 1 is not available yet")
     if config.api_key_file:
-        keys.read(config.api_key_file)
+        keys.read(config.api_key_file, config.api_keys)
     if config.response_store:
         Store(config.response_store).close()
     if config.address is None:
@@ -310,8 +310,8 @@ def _run(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = secrets.token_urlsafe() if config.api_keys or config.api_key_file else ""
     if own:  # to ask for the service's status with
-        mine = ApiKey(name="moeray", sha256=keys.sha256(own))
-        config = msgspec.structs.replace(config, api_keys=(*config.api_keys, mine))
+        mine = (*config.api_keys, keys.given(own))
+        config = msgspec.structs.replace(config, api_keys=mine)
     try:
         ray_serve.start(
             http_options=HTTPOptions(host=config.host, port=config.port), proxy_location="HeadOnly"

@@ -242,6 +242,19 @@ def test_too_much_at_once_is_told_when_to_come_again() -> None:
         assert split(chunked)[0] == 413
 
 
+def test_bodies_that_stall_keep_nobody_from_the_queue() -> None:
+    with Front(Limits(max_num_queued_reqs=2)) as front:
+        socks = [socket.create_connection(("127.0.0.1", front.port), DEADLINE) for _ in range(8)]
+        for path, sock in zip(["/v1/completions", "/tokenize"] * 4, socks, strict=True):
+            sock.sendall(head(path, b"x" * 100) + b"{")
+        front.until(lambda: len(front._ingress._admission) == 8)
+        assert front.complete().status_code == 200
+        assert front.post("/tokenize", {"prompt": "a"}).status_code == 200
+        for sock in socks:
+            sock.close()
+        front.until(front.idle)
+
+
 def test_keys_open_the_door_and_limit_who_has_them() -> None:
     keys = (
         ApiKey(name="a", sha256=sha256("sesame")),
@@ -288,6 +301,12 @@ def test_methods_paths_and_kinds(front: Front) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "application/xml", "json"):
         answer = front.post("/v1/completions", content=body, headers={"content-type": kind})
         refused(answer, 415, "application/json")
+    for coding in ("gzip", "br", "zstd", "identity, gzip"):
+        answer = front.post("/v1/completions", content=body, headers={"content-encoding": coding})
+        refused(answer, 415, repr(coding), "unsupported_media_type")
+        assert answer.headers["accept-encoding"] == "identity"
+    plain = {"content-encoding": "Identity"}
+    assert front.post("/v1/completions", content=body, headers=plain).is_success
 
 
 def test_tokens_there_and_back(front: Front) -> None:

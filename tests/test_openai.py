@@ -164,6 +164,68 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
     assert 'to=functions.f<|channel|>commentary json<|message|>{"a": "é"}<|call|>' in shown
 
 
+def test_what_was_refused_can_be_sent_back() -> None:
+    """As a part, as the field of an answer, or beside what was said before it."""
+    said: list[dict[str, Any]] = [
+        {"content": [{"type": "text", "text": "well"}, {"type": "refusal", "refusal": "no"}]},
+        {"content": "well", "refusal": "no"},
+    ]
+    for fields in said:
+        messages = [{"role": "assistant"} | fields, {"role": "user", "content": "why?"}]
+        shown = text().decode(ask(messages=messages).requests[0].prompt, False)
+        assert "<|message|>well\nno<|" in shown
+    messages = [{"role": "assistant", "refusal": "no"}, {"role": "user", "content": "why?"}]
+    assert "<|message|>no<|" in text().decode(ask(messages=messages).requests[0].prompt, False)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_a_message_has_the_fields_of_its_role(role: str) -> None:
+    """Others are refused by name; null and nothing are not sent."""
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+    before = {"role": "assistant", "tool_calls": [call]}
+    message = {"role": role, "content": "a", "name": "f"}
+    if role == "tool":
+        message["tool_call_id"] = "c"
+    values: dict[str, Any] = {
+        "tool_call_id": "c",
+        "tool_calls": [call],
+        "reasoning_content": "hm",
+        "reasoning": "hm",
+        "refusal": "no",
+        "annotations": [{"type": "url_citation"}],
+    }
+    assert values.keys() == schema.ROLES.keys()
+    for name, value in values.items():
+        ask(messages=[before, message | {name: message.get(name)}])
+        if schema.ROLES[name] == role:
+            ask(messages=[before, message | {name: value}])
+        else:
+            _, error = refusal("chat", messages=[before, message | {name: value}])
+            assert error["param"] == "messages[1]"
+            assert f"{name} belongs to" in error["message"]
+    part = {"type": "refusal", "refusal": "no"}
+    if role != "assistant":
+        _, error = refusal("chat", messages=[before, message | {"content": [part]}])
+        assert "'refusal'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+        {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
+        {"type": "file", "file": {"file_id": "file-1"}},
+        {"type": "video_url", "video_url": {"url": "https://example.com"}},
+        {"image_url": {"url": "x"}, "type": "image_url"},
+    ],
+)
+def test_parts_are_refused_for_what_they_are(part: dict[str, Any]) -> None:
+    content = [{"type": "text", "text": "what is this?"}, part]
+    status, error = refusal("chat", messages=[{"role": "user", "content": content}])
+    assert (status, error["param"]) == (400, "messages[0].content[1]")
+    assert f"parts of type '{part['type']}' are not available yet" in error["message"]
+
+
 @pytest.mark.parametrize("kind", ["chat", "completions"])
 def test_every_field_of_openais_schema_is_accounted_for(kind: str) -> None:
     params = chat_params if kind == "chat" else text_params
@@ -188,6 +250,9 @@ def test_fields_not_served_are_refused_by_name_unless_neutral(kind: str) -> None
                 (ask if kind == "chat" else complete)(**{name: value})
     for name in schema.IGNORED[kind]:
         (ask if kind == "chat" else complete)(**{name: {"any": "thing"}})
+
+
+CONTENT = "messages[0].content[0]"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +334,25 @@ def test_fields_not_served_are_refused_by_name_unless_neutral(kind: str) -> None
             "form",
         ),
         ("completions", {"response_format": {"type": "json_object"}}, "response_format", "not ava"),
-        ("chat", {"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0]", "custom"),
+        (
+            "chat",
+            {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+            "tools[0]",
+            "tools of type 'custom' are not supported",
+        ),
+        ("chat", {"tools": [{"function": {"name": "f"}}]}, "tools[0]", "type"),
+        (
+            "chat",
+            {"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}},
+            "response_format",
+            "json_schema does not go with type 'text'",
+        ),
+        (
+            "chat",
+            {"response_format": {"type": "json_object", "json_schema": {"name": "a"}}},
+            "response_format",
+            "json_schema does not go",
+        ),
         ("chat", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]", "64"),
         (
             "chat",
@@ -284,10 +367,32 @@ def test_fields_not_served_are_refused_by_name_unless_neutral(kind: str) -> None
         ("chat", {"messages": [{"role": "tool", "content": ""}]}, "messages[0]", "tool_call_id"),
         (
             "chat",
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
-            "messages[0].content",
-            "image_url",
+            {"messages": [{"role": "tool", "tool_call_id": "c", "content": ""}]},
+            "messages[0].tool_call_id",
+            "no message before it has a tool call with the id 'c'",
         ),
+        (
+            "chat",
+            {"messages": [{"role": "assistant", "reasoning": "a", "reasoning_content": "b"}]},
+            "messages[0]",
+            "differ",
+        ),
+        (
+            "chat",
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f"}}],
+                    }
+                ]
+            },
+            "messages[0].tool_calls[0]",
+            "calls of type 'custom' are not supported",
+        ),
+        ("chat", {"messages": [{"role": "user", "content": [{"text": "a"}]}]}, CONTENT, "type"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, CONTENT, "text"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": []}]}]}, CONTENT, "list"),
         ("completions", {"prompt": None}, "prompt", "missing"),
         ("completions", {"prompt": ""}, "prompt", "empty"),
         ("completions", {"prompt": []}, "prompt", "empty"),

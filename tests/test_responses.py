@@ -557,7 +557,38 @@ def test_a_response_is_there_until_it_is_deleted(front: Front) -> None:
             gone(made.id)
     with pytest.raises(official.BadRequestError) as caught:
         one.responses.create(input="c", previous_response_id=after.id)
+    assert caught.value.code == "earlier_turn_not_found"
+    assert one.responses.retrieve(after.id) == after
+    with pytest.raises(official.NotFoundError, match="not all of its earlier turns") as missing:
+        one.responses.input_items.list(after.id)
+    assert missing.value.code == "earlier_turn_not_found"
+    with pytest.raises(official.BadRequestError) as caught:
+        one.responses.create(input="c", previous_response_id=made.id)
     assert caught.value.code == "previous_response_not_found"
+
+
+def test_what_may_be_included_may_be_asked_for_later(front: Front) -> None:
+    """By the official client, which writes ``include[]``, once for each."""
+    one = client(front)
+    made = one.responses.create(input="a", max_output_tokens=9)
+    include: Any = [*responses.INCLUDED]
+    assert one.responses.retrieve(made.id, include=include) == made
+    assert len(one.responses.input_items.list(made.id, include=include).data) == 1
+    for ask in (one.responses.retrieve, one.responses.input_items.list):
+        with pytest.raises(official.BadRequestError, match=r"file_search_call\.results") as caught:
+            ask(made.id, include=["file_search_call.results"])
+        assert caught.value.param == "include"
+    url = f"{front.url}/v1/responses/{made.id}"
+    key = {"authorization": "Bearer alice"}
+    for query in (
+        f"include={include[0]}&stream=false",
+        f"include={include[0]}&include[]={include[1]}",
+    ):
+        assert httpx.get(f"{url}?{query}", headers=key).json()["id"] == made.id
+    for query in (f"stream=true&include={include[0]}", "stream=", "include=", "starting_after=1"):
+        answer = httpx.get(f"{url}?{query}", headers=key)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == query.partition("=")[0]
 
 
 def test_a_response_is_its_keys_own(front: Front) -> None:
@@ -660,6 +691,8 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(front: Front) -> None:
         ("GET", "/v1/responses/%ff%00", 404),
         ("HEAD", "/v1/responses/resp_1", 404),
         ("POST", "/v1/responses/resp_1/cancel", 404),
+        ("POST", "/v1/responses/input_tokens", 404),
+        ("POST", "/v1/responses/compact", 404),
         ("GET", "/v1/responses/resp_1?stream=true", 400),
         ("GET", "/v1/responses/resp_1?stream=false", 404),
         ("GET", "/v1/responses/resp_1/input_items?befroe=x", 400),
@@ -670,4 +703,6 @@ def test_paths_that_are_not_there(front: Front, method: str, path: str, status: 
     answer = httpx.request(method, front.url + path, headers=headers, timeout=DEADLINE)
     assert answer.status_code == status
     if method != "HEAD":
-        assert answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert error["message"]
+        assert ("is not supported: " in error["message"]) is (method == "POST")
