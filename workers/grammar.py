@@ -87,12 +87,17 @@ class _Trial:
             giving_up.start()
             try:
                 with suppress(BrokenPipeError):
-                    print(json.dumps(grammars), file=child.stdin, flush=True)
+                    child.stdin.write(json.dumps(grammars) + "\n")  # Ray's ``print`` adds to it
+                    child.stdin.flush()
                 for at in range(len(grammars)):
                     if not (line := child.stdout.readline()):
                         self.end()
-                        log.warning("a JSON schema took too much: exit %s", child.returncode)
-                        return at, f"it takes more than {TRIAL_SECONDS} s to compile"
+                        if child.returncode >= 0:  # else a signal: out of time or of memory
+                            raise RuntimeError("the process that tries JSON schemas failed")
+                        return (
+                            at,
+                            f"it takes over {TRIAL_SECONDS} s, or too much memory, to compile",
+                        )
                     if why := json.loads(line):
                         return at, why
             finally:
