@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -45,6 +46,17 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 
 
 LOAD = timedelta(hours=1)  # for the weights of the slowest rank
+SHARED = (  # fields of a ModelSpec on which the exchanges, or a token's bits, depend
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "dtype",
+    "kernels",
+    "batch_invariant",
+    "kv_cache_dtype",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,9 +100,15 @@ def dtypes(spec: ModelSpec) -> tuple[torch.dtype, torch.dtype]:
     return dtype, torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else dtype
 
 
-def layout(arch: Architecture, spec: ModelSpec, rank: int) -> Layout:
-    """Of one rank. Raises LayoutError where the model cannot be cut so."""
-    layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
+def layout(arch: Architecture, spec: ModelSpec, rank: int, engine: int = 0) -> Layout:
+    """Of one rank of an engine. Raises LayoutError where the model cannot be cut so."""
+    layout = Layout(
+        spec.tensor_parallel_size,
+        spec.enable_expert_parallel,
+        rank,
+        spec.data_parallel_size,
+        engine,
+    )
     check(
         layout,
         heads=arch.num_heads,
@@ -120,11 +138,11 @@ def kernels(
 class Rank:
     """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
 
-    def __init__(self, spec: ModelSpec, rank: int, world: int) -> None:
-        self._spec, self._world = spec, world
+    def __init__(self, spec: ModelSpec, rank: int = 0, engine: int = 0) -> None:
+        self._spec = spec
         self._directory = Path(spec.model)
         self.architecture = arch = architecture(self._directory)
-        self._layout = layout(arch, spec, rank)
+        self._layout = layout(arch, spec, rank, engine)
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         self._dtype, self._kv_dtype = dtypes(spec)
@@ -148,7 +166,8 @@ class Rank:
             from kernels import aot  # imports Triton
 
             aot.verify()
-        group = Group(self._layout.rank, self._layout.tp)
+        grid = self._layout
+        group = Group(grid.rank, grid.tp, grid.dp_rank, grid.dp)
         place = Place(self._layout, group, ops, self._dtype, self._device)
         model = Decoder(arch, place)
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
@@ -172,8 +191,8 @@ class Rank:
         self._place, self._model = place, model.eval()
         if store is not None and self._device.type == "cuda":
             # The rehearsal has collectives, and their deadline is shorter than a slow disk's.
-            store.set(f"loaded {self._layout.rank}", "1")
-            store.wait([f"loaded {rank}" for rank in range(self._layout.tp)], LOAD)
+            store.set(f"loaded {grid.ep_rank}", "1")
+            store.wait([f"loaded {rank}" for rank in range(grid.world)], LOAD)
         return RankReport(
             rank=self._layout.rank,
             pid=os.getpid(),
@@ -219,7 +238,7 @@ class Rank:
         """Bytes this rank may still take; ranks on CPU are taken to share one node."""
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
-        return int(psutil.virtual_memory().available) // self._world
+        return int(psutil.virtual_memory().available) // self._layout.world
 
     def _room(self) -> int:
         """Bytes for the KV cache: on CUDA, what the largest step leaves of this rank's share."""
@@ -257,6 +276,23 @@ class Rank:
             self._kv_dtype.itemsize,
             default_batched_tokens(self._spec, cuda),
         )
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks of engines that share experts must have in common. Raises
+        CheckpointError."""
+        spec = msgspec.to_builtins(self._spec)
+        config = (self._directory / "config.json").read_bytes()
+        return {field: str(spec[field]) for field in SHARED} | {
+            "device": self._device.type,
+            "torch": str(torch.__version__),
+            "config.json": hashlib.sha256(config).hexdigest()[:16],
+            "weights": weights.fingerprint(self._directory),
+        }
+
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges with all other ranks this one has begun."""
+        return 0 if self._place is None else self._place.group.exchanges
 
     def abort(self) -> None:
         """Let no collective hold this process; nothing runs here afterwards."""

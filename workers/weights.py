@@ -7,7 +7,9 @@ Format of the files: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -22,6 +24,7 @@ from parallelism.layers import Sharded
 from parallelism.shard import Slice
 
 INDEX = "model.safetensors.index.json"
+SAMPLES, SAMPLE = 16, 1 << 12  # of a file, for its fingerprint: how many, of so many bytes
 MAX_HEADER = 100 << 20  # bytes, as in the format's own library
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -72,6 +75,23 @@ class ReadPlan(msgspec.Struct, frozen=True):
     def size(self) -> int:
         """Bytes to read."""
         return sum(read.size for reads in self.reads.values() for read in reads)
+
+
+def fingerprint(directory: Path) -> str:
+    """Of all tensors' places and of some bytes of every file: equal for copies of a checkpoint.
+    Raises CheckpointError."""
+    digest = hashlib.sha256()
+    tensors = stored_tensors(directory)
+    for name, tensor in sorted(tensors.items()):
+        place = (name, tensor.file.name, tensor.offset, tensor.dtype, tensor.shape)
+        digest.update(repr(place).encode())
+    for path in sorted({tensor.file for tensor in tensors.values()}):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for part in range(SAMPLES):
+                file.seek(part * size // SAMPLES)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
