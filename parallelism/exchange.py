@@ -11,19 +11,20 @@ sums are gathered at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallelism.experts import Experts, Slots
 from parallelism.group import Group
 from parallelism.layout import Layout
 
 STATIC = 64  # tokens of an engine up to which shapes are fixed; not tuned
 
-Routed = tuple[Tensor, Tensor, Tensor]  # h [n, D], ids int64 [n, k] (-1: none), weights fp32 [n, k]
+# h [n, D], slots int64 [n, k] (-1: none), weights fp32 [n, k]
+Routed = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,8 @@ class Exchange:
     """The two verbs, for one engine or several. Every rank calls them for every layer of a step,
     without tokens, too."""
 
-    def __init__(self, layout: Layout, group: Group, experts: int) -> None:
+    def __init__(self, layout: Layout, group: Group) -> None:
         self._layout, self._group = layout, group
-        ranks = range(layout.world)
-        sizes = [last - first for first, last in (layout.experts(experts, r) for r in ranks)]
-        self._sizes = torch.tensor(sizes)
-        self._owners: Tensor | None = None  # int64 [experts] the rank of each, on the device
         self._most: int | None = None
 
     def begin(self, most: int) -> None:
@@ -60,39 +57,39 @@ class Exchange:
 
     def __call__(
         self,
-        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+        experts: Experts,
         h: Tensor,
         ids: Tensor,
         weights: Tensor,
     ) -> Tensor:
         """h [T, D], ids and weights [T, k] -> the sum over each token's experts [T, D]."""
-        sent, rows = self.dispatch(h, ids, weights)
+        sent, rows = self.dispatch(experts.slots, h, ids, weights)
         return self.combine(experts(*rows) if len(rows[0]) else rows[0], sent)
 
-    def dispatch(self, h: Tensor, ids: Tensor, weights: Tensor) -> tuple[Sent, Routed]:
-        """The rows [M] that have experts at this rank (others, too, where all go everywhere)."""
-        tokens, layout = len(h), self._layout
+    def dispatch(
+        self, where: Slots, h: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Sent, Routed]:
+        """The rows [M] that have experts at this rank (others, too, where all go everywhere), with
+        slots instead of ids."""
+        tokens, layout, slots = len(h), self._layout, where(ids)
         if layout.dp == 1:
-            return Sent(tokens), (h, ids, weights)
+            return Sent(tokens), (h, slots, weights)
         each = -(-tokens // layout.tp)
         share = slice(layout.rank * each, (layout.rank + 1) * each)
-        h, ids, weights = h[share], ids[share], weights[share]
+        h, slots, weights = h[share], slots[share], weights[share]
         if self._most is not None:
             more = -(-self._most // layout.tp) - len(h)
             h, weights = F.pad(h, (0, 0, 0, more)), F.pad(weights, (0, 0, 0, more))
-            ids = F.pad(ids, (0, 0, 0, more), value=-1)
-            everybody = self._group.spread(_pack(h, ids, weights))
-            return Sent(tokens), _unpack(everybody, h, ids)
-        if self._owners is None or self._owners.device != ids.device:
-            owners = torch.arange(layout.world).repeat_interleave(self._sizes)
-            self._owners = owners.to(ids.device)
-        owner = torch.where(ids < 0, layout.world, self._owners[ids.clamp(min=0)])
-        wanted = ids.new_zeros(len(ids), layout.world + 1).scatter_(1, owner, 1)[:, :-1]
+            slots = F.pad(slots, (0, 0, 0, more), value=-1)
+            everybody = self._group.spread(_pack(h, slots, weights))
+            return Sent(tokens), _unpack(everybody, h, slots)
+        owner = where.owners(slots)
+        wanted = slots.new_zeros(len(slots), layout.world + 1).scatter_(1, owner, 1)[:, :-1]
         counts = wanted.sum(0)
         rows = wanted.T.nonzero()[:, 1]
         sent, received = torch.stack((counts, self._group.swap(counts))).tolist()
-        arrived = self._group.swap(_pack(h, ids, weights)[rows], received, sent)
-        return Sent(tokens, rows, tuple(sent), tuple(received)), _unpack(arrived, h, ids)
+        arrived = self._group.swap(_pack(h, slots, weights)[rows], received, sent)
+        return Sent(tokens, rows, tuple(sent), tuple(received)), _unpack(arrived, h, slots)
 
     def combine(self, sums: Tensor, sent: Sent) -> Tensor:
         """What this rank's experts made of the rows [M, D] -> each token's sum [T, D]."""
@@ -119,14 +116,15 @@ class Exchange:
         return self._group.all_gather(F.pad(y, (0, 0, 0, each - mine)))[: sent.tokens]
 
 
-def _pack(h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _pack(h: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """One row of bytes for each token: one message instead of three."""
-    return torch.cat([t.contiguous().view(torch.uint8) for t in (h, ids.int(), weights)], 1)
+    return torch.cat([t.contiguous().view(torch.uint8) for t in (h, slots.int(), weights)], 1)
 
 
-def _unpack(packed: Tensor, h: Tensor, ids: Tensor) -> Routed:
+def _unpack(packed: Tensor, h: Tensor, slots: Tensor) -> Routed:
     """The rows, in the dtypes and widths of what was packed here."""
-    k = 4 * ids.shape[1]
+    k = 4 * slots.shape[1]
     width = packed.shape[1] - 2 * k
-    x, slots, weights = (part.contiguous() for part in packed.split((width, k, k), 1))
-    return x.view(h.dtype), slots.view(torch.int32).to(ids.dtype), weights.view(torch.float32)
+    x, numbers, weights = (part.contiguous() for part in packed.split((width, k, k), 1))
+    numbers = numbers.view(torch.int32).to(slots.dtype)
+    return x.view(h.dtype), numbers, weights.view(torch.float32)

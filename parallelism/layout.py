@@ -15,6 +15,9 @@ import msgspec
 from parallelism.shard import Range
 
 
+Places = tuple[tuple[int, ...], ...]  # of one layer: the experts that each of all ranks holds
+
+
 class LayoutError(ValueError):
     """The model cannot be cut like this; the message names the numbers and a way out."""
 
@@ -56,6 +59,11 @@ class Layout(msgspec.Struct, frozen=True):
         if not self.expert_parallel:
             return 0, count
         return _even(count, self.world, self.ep_rank if rank is None else rank)
+
+    def places(self, count: int) -> Places:
+        """The experts of all ranks, where nobody has placed them otherwise."""
+        ranks = range(self.world)
+        return tuple(tuple(range(*self.experts(count, rank))) for rank in ranks)
 
     def intermediate(self, size: int, unit: int = 1) -> Range:
         """Columns of every expert's intermediate dimension, in whole ``unit``s, perhaps uneven."""

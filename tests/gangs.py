@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -62,7 +63,6 @@ class Gang:
         self._store = dist.TCPStore(HOST, 0, None, is_master=True, wait_for_workers=False)
         self.answers: dict[str, Answer] = defaultdict(lambda: Answer([], []))
         self.loads: dict[int, Load] = {}
-        self.steps: dict[int, int] = {}  # by engine, as it has ended
         self.ends: dict[tuple[int, int], tuple[float, str]] = {}  # when and how a rank has ended
         self._pipes: dict[tuple[int, int], Connection] = {}
         self.processes: dict[tuple[int, int], Any] = {}
@@ -95,19 +95,15 @@ class Gang:
     def finish(self, requests: Iterable[Request]) -> None:
         """Wait until all have ended."""
         ids = [request.id for request in requests]
+        self.until(lambda: all(self.answers[id].reason for id in ids))
 
-        def ready() -> bool:
-            done = all(self.answers[id].reason for id in ids)
-            assert done or not self.ends, self.ends
-            return done
-
-        self.until(ready)
-
-    def until(self, ready: Any, patience: float = PATIENCE) -> None:
-        end = time.monotonic() + patience
+    def until(self, ready: Callable[[], bool], lost: bool = False) -> None:
+        """``lost``: ranks may end meanwhile."""
+        end = time.monotonic() + PATIENCE
         while not ready():
             left = end - time.monotonic()
             assert left > 0, f"not in time: {self.ends}"
+            assert lost or not self.ends, self.ends
             for pipe in wait([p for p in self._pipes.values() if not p.closed], left):
                 assert isinstance(pipe, Connection)
                 self._take(pipe)
@@ -127,7 +123,8 @@ class Gang:
         self.loads[who[0]] = load or self.loads.get(who[0], Load())
         for output in outputs:
             answer = self.answers[output.id]
-            assert output.offset == len(answer.tokens), "a gap or a repeat"
+            if output.tokens:
+                assert output.offset == len(answer.tokens), "a gap or a repeat"
             answer.tokens += output.tokens
             answer.logprobs += output.logprobs or ()
             answer.reason, answer.detail = output.reason, output.detail
@@ -135,7 +132,7 @@ class Gang:
     def stop(self, engine: int = 0) -> None:
         """Shut an engine down; wait until every rank has ended."""
         self._pipes[engine, 0].send(None)
-        self.until(lambda: len(self.ends) == len(self.processes))
+        self.until(lambda: len(self.ends) == len(self.processes), lost=True)
 
     def signal(self, engine: int, rank: int, number: signal.Signals) -> None:
         os.kill(self.processes[engine, rank].pid, number)
@@ -160,10 +157,18 @@ def _serve(
 ) -> str:
     store = dist.TCPStore(HOST, port, None, is_master=False)
     engines, ranks = spec.data_parallel_size, spec.tensor_parallel_size
-    coordinator = leader = None
-    if number == 0 and engine == 0:
-        coordinator = Coordinator(HOST, KEY, engines, ranks, deadline)
-        store.set("coordinator", str(coordinator.port))
+    with contextlib.ExitStack() as stack:
+        if number == 0 and engine == 0:
+            coordinator = Coordinator(HOST, KEY, engines, ranks, deadline)
+            stack.callback(coordinator.close)
+            store.set("coordinator", str(coordinator.port))
+        return _take_part(spec, engine, number, store, deadline, pipe)
+
+
+def _take_part(
+    spec: ModelSpec, engine: int, number: int, store: dist.Store, deadline: float, pipe: Connection
+) -> str:
+    ranks, leader = spec.tensor_parallel_size, None
     if number == 0 and ranks > 1:
         leader = Leader(HOST, KEY)
         store.set(f"leader {engine}", str(leader.port))
@@ -191,7 +196,7 @@ def _serve(
             follow(follower, runner, member)
         except ConnectionError as lost:
             return str(lost)
-    return _lead(rank, plan, runner, leader, member, coordinator, pipe)
+    return _lead(rank, plan, runner, leader, member, pipe)
 
 
 def _lead(
@@ -200,7 +205,6 @@ def _lead(
     runner: Any,
     leader: Leader | None,
     member: Member,
-    coordinator: Coordinator | None,
     pipe: Connection,
 ) -> str:
     sending = threading.Lock()
@@ -218,6 +222,4 @@ def _lead(
 
     threading.Thread(target=listen, daemon=True).start()
     loop.run()
-    if coordinator is not None:
-        coordinator.close()
     return str(loop.failure)

@@ -153,4 +153,3 @@ def test_tokens_come_back_as_if_computed_in_one_place(
         owner = [r for r, other in enumerate(layouts) for _ in range(*other.experts(experts))]
         mine = ids[layout.rank * each : (layout.rank + 1) * each].tolist()
         assert sent == sum(len({owner[e] for e in row if e >= 0}) for row in mine)
-

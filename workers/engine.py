@@ -227,7 +227,8 @@ class EngineLoop:
         if self._member is not None:
             self._member.rest()
             if (round := self._member.due()) is not None:
-                return self._assist(round)
+                self._assist(round)
+                return
         due = self._due()
         if self._wake.wait(BEAT if due is None else min(BEAT, due)):
             return

@@ -39,6 +39,7 @@ from workers.rounds import (
 from workers.wire import Round
 
 DEADLINE = 120.0  # seconds of a round, and of a rank's silence; as long as a collective's
+MEET = 120.0  # seconds for all ranks to come
 BEAT = 1.0  # seconds between signs of life, at most
 HANDSHAKE = 5.0  # seconds a connection has to say who it is
 GRACE = 1.0  # seconds in which others are known to be lost, when a step fails because of them
@@ -62,10 +63,16 @@ class Coordinator:
     """Listens from the start, in a thread of its own, until ``close``."""
 
     def __init__(
-        self, host: str, key: bytes, engines: int, ranks: int, deadline: float = DEADLINE
+        self,
+        host: str,
+        key: bytes,
+        engines: int,
+        ranks: int,
+        deadline: float = DEADLINE,
+        meet: float = MEET,
     ) -> None:
         self._key, self._deadline = key, deadline
-        self._rounds = Rounds(engines, ranks, deadline)
+        self._rounds = Rounds(engines, ranks, deadline, meet)
         self._members: dict[Rank, asyncio.StreamWriter] = {}
         self._ended: Ended | None = None
         self._decode = msgspec.msgpack.Decoder(FromRank).decode
@@ -101,10 +108,9 @@ class Coordinator:
             self._end("the coordinator was closed")
             for writer in self._members.values():
                 writer.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GRACE):
-                    while self._members:
-                        await asyncio.sleep(0.01)
+            talks = asyncio.all_tasks() - {asyncio.current_task()}
+            if talks:
+                await asyncio.wait(talks, timeout=GRACE)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         rank: Rank | None = None
@@ -196,6 +202,7 @@ class Member:
         progress: Callable[[], int] = lambda: 0,
         abort: Callable[[], object] = lambda: None,
         deadline: float = DEADLINE,
+        meet: float = MEET,
     ) -> None:
         self.engine, self._rank = rank[0], rank
         self.failure: str | None = None
@@ -208,7 +215,7 @@ class Member:
         self._decode = msgspec.msgpack.Decoder(ToRank).decode
         self._data = bytearray()
         try:
-            self._sock = socket.create_connection(address, deadline)
+            self._sock = socket.create_connection(address, meet)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             nonce = self._sock.recv(32, socket.MSG_WAITALL)
             hello = _encode(Hello(*rank, facts))
@@ -217,8 +224,8 @@ class Member:
         except OSError as error:
             raise RoundLost(f"{name(rank)} cannot reach engine 0, rank 0: {error}") from error
         threading.Thread(target=self._listen, name="member", daemon=True).start()
-        if not self._met.wait(deadline + GRACE):
-            self._lose(f"{name(rank)} has waited {deadline:.1f} s for the others to come")
+        if not self._met.wait(meet + GRACE):
+            self._lose(f"{name(rank)} has waited {meet:.1f} s for the others to come")
         if self.failure is not None:
             self.close()
             raise RoundLost(self.failure)

@@ -32,9 +32,7 @@ from workers.kvcache import KVCache
 class Block(nn.Module):
     """One layer: attention, then a mixture of experts, each behind a norm."""
 
-    def __init__(
-        self, arch: Architecture, layer: int, place: Place, exchange: Exchange
-    ) -> None:
+    def __init__(self, arch: Architecture, layer: int, place: Place, exchange: Exchange) -> None:
         super().__init__()
         name = f"model.layers.{layer}."
         self.d, self.scale, self.eps = arch.head_dim, arch.head_dim**-0.5, arch.rms_norm_eps
@@ -61,6 +59,7 @@ class Block(nn.Module):
             limit=arch.swiglu_limit,
             alpha=arch.swiglu_alpha,
             place=place,
+            places=place.placement[layer] if place.placement else None,
         )
 
     def forward(
@@ -98,7 +97,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.arch, self.ops = arch, place.ops
         self.embed = VocabEmbedding("model.embed_tokens", arch.vocab_size, arch.hidden_size, place)
-        self.exchange = Exchange(place.layout, place.group, arch.num_experts)
+        self.exchange = Exchange(place.layout, place.group)
         self.blocks = nn.ModuleList(
             Block(arch, i, place, self.exchange) for i in range(arch.num_layers)
         )

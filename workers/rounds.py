@@ -66,11 +66,12 @@ def name(rank: Rank) -> str:
 
 
 class Rounds:
-    """``engines`` of ``ranks`` each; ``deadline`` in seconds, of a round and of a rank's silence."""
+    """``engines`` of ``ranks`` each. ``deadline``: seconds of a round, and of a rank's silence;
+    ``meet``: seconds between the first rank that comes and the last."""
 
-    def __init__(self, engines: int, ranks: int, deadline: float) -> None:
+    def __init__(self, engines: int, ranks: int, deadline: float, meet: float) -> None:
         self._everybody = [(engine, rank) for engine in range(engines) for rank in range(ranks)]
-        self._deadline = deadline
+        self._deadline, self._meet = deadline, meet
         self._facts: dict[Rank, dict[str, str]] = {}
         self._heard: dict[Rank, tuple[float, int]] = {}  # when, and its exchanges
         self._first: float | None = None  # when the first one came
@@ -122,7 +123,7 @@ class Rounds:
 
     def overdue(self, now: float) -> str | None:
         """Why the group must end: who has been silent for too long, or has stayed behind."""
-        if self._first is not None and self.missing and now - self._first > self._deadline:
+        if self._first is not None and self.missing and now - self._first > self._meet:
             missing = "; ".join(map(name, self.missing))
             return f"{missing} has not come in {now - self._first:.1f} s"
         for rank, (when, _) in self._heard.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -245,8 +246,13 @@ def load(
 
 def _tensor(read: Read, maps: dict[Path, mmap.mmap]) -> Tensor:
     """The slice as a new tensor, in the dtype of the file."""
-    if not read.size:
-        return torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
+    tensor = torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
+    if read.size:
+        tensor.view(-1).view(torch.uint8).numpy()[:] = _bytes(read, maps)
+    return tensor.transpose(-1, -2) if read.slice.transposed else tensor
+
+
+def _bytes(read: Read, maps: dict[Path, mmap.mmap]) -> npt.NDArray[np.uint8]:
     if read.file not in maps:
         with read.file.open("rb") as file:
             maps[read.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -256,6 +262,4 @@ def _tensor(read: Read, maps: dict[Path, mmap.mmap]) -> Tensor:
         (*(stride for _, stride in read.repeats), 1),
         writeable=False,
     )
-    tensor = torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
-    tensor.view(-1).view(torch.uint8).numpy()[:] = data.ravel()
-    return tensor.transpose(-1, -2) if read.slice.transposed else tensor
+    return data.ravel()
