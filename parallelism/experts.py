@@ -170,7 +170,8 @@ class Experts(nn.Module):
         """What w13 and w2 are made of once they are loaded."""
         tensors: list[Tensor] = []
         for w in (self.w13, self.w2):
-            tensors += [w] if isinstance(w, Tensor) else [getattr(w, f.name) for f in fields(w)]
+            parts = [w] if isinstance(w, Tensor) else [getattr(w, f.name) for f in fields(w)]
+            tensors += [part for part in parts if isinstance(part, Tensor)]
         return tensors
 
     def _dequantised(self, packed: MXFP4) -> Tensor:

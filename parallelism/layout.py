@@ -14,7 +14,6 @@ import msgspec
 
 from parallelism.shard import Range
 
-
 Places = tuple[tuple[int, ...], ...]  # of one layer: the experts that each of all ranks holds
 
 

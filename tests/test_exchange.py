@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallelism.exchange import STATIC, Exchange
+from parallelism.experts import Slots
 from parallelism.group import Group
-from parallelism.layout import Layout
+from parallelism.layout import Layout, Places
 
 DEADLINE = 30.0
 HIDDEN = 8
@@ -85,18 +86,29 @@ def function(e: Tensor, h: Tensor) -> Tensor:
     return torch.sin(h * (1 + e[..., None]) + e[..., None])
 
 
-def partial(layout: Layout, experts: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+class Share:
     """The sums over a rank's own experts, in order of k, as the kernels make them."""
-    first, last = layout.experts(experts)
 
-    def run(h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __init__(self, rank: int, slots: Slots) -> None:
+        self.slots, self._first, self._held = slots, slots.first(rank), slots.held[rank]
+
+    def __call__(self, h: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros_like(h)
-        for e, weight in zip(ids.unbind(1), weights.unbind(1), strict=True):
-            mine = ((e >= first) & (e < last))[:, None]
-            total += torch.where(mine, weight[:, None] * function(e, h), 0)
+        for s, weight in zip((slots - self._first).unbind(1), weights.unbind(1), strict=True):
+            mine = (s >= 0) & (s < len(self._held))
+            expert = torch.tensor([*self._held, 0])[s.where(mine, len(self._held))]
+            total += torch.where(mine[:, None], weight[:, None] * function(expert, h), 0)
         return total
 
-    return run
+
+def place(draw: torch.Generator, ranks: int, experts: int) -> Places:
+    """Every expert on one to three ranks; some rank may hold none."""
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    for expert in range(experts):
+        copies = int(torch.randint(1, 4, (), generator=draw))
+        for rank in torch.randperm(ranks, generator=draw)[:copies].tolist():
+            held[rank].append(expert)
+    return tuple(map(tuple, held))
 
 
 def grid(dp: int, tp: int) -> list[Layout]:
@@ -109,16 +121,20 @@ def grid(dp: int, tp: int) -> list[Layout]:
     dp=st.integers(2, 4),
     tp=st.integers(1, 3),
     experts=st.integers(12, 20),
+    placed=st.booleans(),
     k=st.integers(1, 5),
     seed=st.integers(0, 1 << 30),
 )
 def test_tokens_come_back_as_if_computed_in_one_place(
-    data: st.DataObject, dp: int, tp: int, experts: int, k: int, seed: int
+    data: st.DataObject, dp: int, tp: int, experts: int, placed: bool, k: int, seed: int
 ) -> None:
-    """By either way, the same bits, whatever the others bring; rows go only where they must."""
+    """By either way, the same bits, whatever the others bring, and wherever experts and their
+    copies are; rows go only where they must."""
     draw = torch.Generator().manual_seed(seed)
     tokens = data.draw(st.lists(st.integers(0, 9), min_size=dp, max_size=dp))
     layouts = grid(dp, tp)
+    places = place(draw, dp * tp, experts) if placed else layouts[0].places(experts)
+    slots = Slots(places)
     given: list[tuple[Tensor, Tensor, Tensor]] = []
     for count in tokens:
         ids = torch.rand(count, experts, generator=draw).argsort(1)[:, :k]
@@ -129,17 +145,18 @@ def test_tokens_come_back_as_if_computed_in_one_place(
     most = max(tokens) + data.draw(st.integers(0, 3))
 
     def run(layout: Layout, group: Threads) -> list[Tensor]:
-        exchange = Exchange(layout, group, experts)
+        exchange, share = Exchange(layout, group), Share(layout.ep_rank, slots)
         results = []
         for bound in (most, STATIC + 1):
             exchange.begin(bound)
-            results.append(exchange(partial(layout, experts), *given[layout.dp_rank]))
+            results.append(exchange(share, *given[layout.dp_rank]))  # type: ignore[arg-type]
         return results
 
     for layout, ((static, exact), sent) in zip(layouts, on_threads(layouts, run), strict=True):
         h, ids, weights = given[layout.dp_rank]
         each = -(-len(h) // tp)
-        shares = [partial(other, experts)(h, ids, weights) for other in layouts]
+        chosen = slots(ids)
+        shares = [Share(rank, slots)(h, chosen, weights) for rank in range(dp * tp)]
         expected = torch.zeros_like(h)
         for share in shares:
             expected += share
@@ -150,6 +167,6 @@ def test_tokens_come_back_as_if_computed_in_one_place(
             ids[..., None] < 0, 0, weights[..., None] * function(ids, h[:, None])
         ).sum(1)
         torch.testing.assert_close(exact, dense)
-        owner = [r for r, other in enumerate(layouts) for _ in range(*other.experts(experts))]
-        mine = ids[layout.rank * each : (layout.rank + 1) * each].tolist()
+        owner = [rank for rank, held in enumerate(places) for _ in held]
+        mine = chosen[layout.rank * each : (layout.rank + 1) * each].tolist()
         assert sent == sum(len({owner[e] for e in row if e >= 0}) for row in mine)
