@@ -19,11 +19,14 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
 
+from parallelism.layout import Places
+from tests.fakes import Replaying
 from workers.config import ModelSpec
 from workers.engine import EngineLoop, follow
 from workers.gang import Coordinator, Member
 from workers.plans import Follower, Leader
 from workers.rank import Rank
+from workers.runner import Runner, inputs_bytes
 from workers.wire import Load, Logprobs, Output, Request
 
 KEY = b"a key of thirty-two bytes ......"
@@ -40,7 +43,8 @@ class Answer:
 
 
 class Gang:
-    """``engines`` of ``ranks`` each. ``specs`` by engine override ``spec``. A context manager."""
+    """``engines`` of ``ranks`` each, a context manager. ``specs`` by engine override ``spec``;
+    ``replaying``: on devices that have graphs; ``placement`` of the experts, by layer."""
 
     def __init__(
         self,
@@ -49,6 +53,8 @@ class Gang:
         ranks: int,
         deadline: float = 60.0,
         specs: dict[int, dict[str, Any]] | None = None,
+        replaying: bool = False,
+        placement: tuple[Places, ...] | None = None,
         **spec: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -71,9 +77,8 @@ class Gang:
             own = ModelSpec(**(defaults | spec | (specs or {}).get(engine, {})))
             for rank in range(ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_main, args=(own, engine, rank, self._store.port, deadline, theirs)
-                )
+                how = _How(own, engine, rank, deadline, replaying, placement)
+                process = context.Process(target=_main, args=(how, self._store.port, theirs))
                 process.start()
                 theirs.close()
                 self._pipes[engine, rank], self.processes[engine, rank] = ours, process
@@ -138,12 +143,31 @@ class Gang:
         os.kill(self.processes[engine, rank].pid, number)
 
 
-def _main(
-    spec: ModelSpec, engine: int, number: int, port: int, deadline: float, pipe: Connection
-) -> None:
+@dataclass
+class _How:
+    """What a rank's process is told."""
+
+    spec: ModelSpec
+    engine: int
+    rank: int
+    deadline: float
+    replaying: bool
+    placement: tuple[Places, ...] | None
+
+
+def _main(how: _How, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    store = dist.TCPStore(HOST, port, None, is_master=False)
     try:
-        why = _serve(spec, engine, number, port, deadline, pipe)
+        with contextlib.ExitStack() as stack:
+            if how.engine == how.rank == 0:
+                ranks = how.spec.tensor_parallel_size
+                coordinator = Coordinator(
+                    HOST, KEY, how.spec.data_parallel_size, ranks, how.deadline
+                )
+                stack.callback(coordinator.close)
+                store.set("coordinator", str(coordinator.port))
+            why = _take_part(how, store, pipe)
     except Exception as error:
         traceback.print_exc()
         why = f"{type(error).__name__}: {error}"
@@ -152,45 +176,26 @@ def _main(
     os._exit(0)  # a group that was aborted cannot be destroyed
 
 
-def _serve(
-    spec: ModelSpec, engine: int, number: int, port: int, deadline: float, pipe: Connection
-) -> str:
-    store = dist.TCPStore(HOST, port, None, is_master=False)
-    engines, ranks = spec.data_parallel_size, spec.tensor_parallel_size
-    with contextlib.ExitStack() as stack:
-        if number == 0 and engine == 0:
-            coordinator = Coordinator(HOST, KEY, engines, ranks, deadline)
-            stack.callback(coordinator.close)
-            store.set("coordinator", str(coordinator.port))
-        return _take_part(spec, engine, number, store, deadline, pipe)
-
-
-def _take_part(
-    spec: ModelSpec, engine: int, number: int, store: dist.Store, deadline: float, pipe: Connection
-) -> str:
-    ranks, leader = spec.tensor_parallel_size, None
-    if number == 0 and ranks > 1:
+def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
+    ranks, leader, channel = how.spec.tensor_parallel_size, None, f"leader {how.engine}"
+    if how.rank == 0 and ranks > 1:
         leader = Leader(HOST, KEY)
-        store.set(f"leader {engine}", str(leader.port))
-    rank = Rank(spec, number, engine)
-    address = (HOST, int(store.get("coordinator")))
+        store.set(channel, str(leader.port))
+    rank = Rank(how.spec, how.rank, how.engine, how.placement)
+    address, me = (HOST, int(store.get("coordinator"))), (how.engine, how.rank)
     member = Member(
-        address,
-        KEY,
-        (engine, number),
-        rank.facts(),
-        lambda: rank.exchanges,
-        rank.abort,
-        deadline,
+        address, KEY, me, rank.facts(), lambda: rank.exchanges, rank.abort, how.deadline
     )
-    follower = None
-    if number:
-        follower = Follower(HOST, int(store.get(f"leader {engine}")), number, KEY)
-    elif leader is not None:
+    follower = Follower(HOST, int(store.get(channel)), how.rank, KEY) if how.rank else None
+    if leader is not None:
         leader.accept(ranks - 1)
-    report = rank.load(store)
-    plan = rank.plan(report.free_bytes)
+    plan = rank.plan(rank.load(store).free_bytes)
     runner = rank.allocate(plan)
+    if how.replaying:
+        device = Replaying(inputs_bytes(plan.scheduler))
+        assert rank._place is not None
+        runner = Runner(runner._model, runner._cache, plan.scheduler, rank._place, device)
+        runner.capture()
     if follower is not None:
         try:
             follow(follower, runner, member)
@@ -202,7 +207,7 @@ def _take_part(
 def _lead(
     rank: Rank,
     plan: Any,
-    runner: Any,
+    runner: Runner,
     leader: Leader | None,
     member: Member,
     pipe: Connection,
@@ -222,4 +227,5 @@ def _lead(
 
     threading.Thread(target=listen, daemon=True).start()
     loop.run()
-    return str(loop.failure)
+    replayed = getattr(runner._device, "replayed", 0)
+    return f"{loop.failure}; {replayed} steps replayed"

@@ -86,6 +86,24 @@ def test_two_engines_give_the_tokens_of_one_process(
 
 
 @pytest.mark.slow
+def test_copies_of_experts_on_any_rank_change_no_token(
+    checkpoint: Path, expected: dict[str, list[int]]
+) -> None:
+    """Another placement in every layer; a rank without experts in the last."""
+    layers = [((7, 3, 1), (0, 2, 4, 5, 6)), ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5, 6, 7))]
+    layers += [((*range(8),), (*range(8),)), ((*range(8),), ())]
+    with Gang(checkpoint, 2, 1, placement=tuple(layers), **CHUNKS) as gang:
+        serve(gang, 2, requests())
+        tokens = {request.id: gang.answers[request.id].tokens for request in requests()}
+        assert_same(checkpoint, tokens, expected)
+        pair = [logprobs(f"at {at}", requests()[1].prompt) for at in range(2)]
+        for at in range(2):
+            gang.submit(at, [pair[at]])
+        gang.finish(pair)
+        assert bits(gang.answers["at 0"]) == bits(gang.answers["at 1"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("engines", "ranks"), GRIDS)
 def test_tokens_are_the_same_in_every_grid(
     engines: int, ranks: int, checkpoint: Path, expected: dict[str, list[int]], tmp_path: Path

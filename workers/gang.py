@@ -285,9 +285,11 @@ class Member:
     def _listen(self) -> None:
         heard = beaten = time.monotonic()
         beat = _beat(self._deadline)
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
         try:
             while self.failure is None:
-                readable, _, _ = select.select([self._sock], [], [], beat)
+                readable = poll.poll(beat * 1000)
                 now = time.monotonic()
                 if readable:
                     part = self._sock.recv(1 << 16)

@@ -24,7 +24,7 @@ from kernels.mxfp4 import BLOCK
 from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
-from parallelism.layout import Layout, check
+from parallelism.layout import Layout, Places, check
 from workers import weights
 from workers.architecture import Architecture, parse
 from workers.capacity import (
@@ -138,8 +138,14 @@ def kernels(
 class Rank:
     """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
 
-    def __init__(self, spec: ModelSpec, rank: int = 0, engine: int = 0) -> None:
-        self._spec = spec
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rank: int = 0,
+        engine: int = 0,
+        placement: tuple[Places, ...] | None = None,
+    ) -> None:
+        self._spec, self._placement = spec, placement
         self._directory = Path(spec.model)
         self.architecture = arch = architecture(self._directory)
         self._layout = layout(arch, spec, rank, engine)
@@ -168,7 +174,7 @@ class Rank:
             aot.verify()
         grid = self._layout
         group = Group(grid.rank, grid.tp, grid.dp_rank, grid.dp)
-        place = Place(self._layout, group, ops, self._dtype, self._device)
+        place = Place(grid, group, ops, self._dtype, self._device, self._placement)
         model = Decoder(arch, place)
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
         plan = weights.plan(model, self._directory, unused)
@@ -287,6 +293,7 @@ class Rank:
             "torch": str(torch.__version__),
             "config.json": hashlib.sha256(config).hexdigest()[:16],
             "weights": weights.fingerprint(self._directory),
+            "placement": hashlib.sha256(repr(self._placement).encode()).hexdigest()[:16],
         }
 
     @property
