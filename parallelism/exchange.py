@@ -45,15 +45,16 @@ class Exchange:
         self._layout, self._group = layout, group
         self._most: int | None = None
 
-    def begin(self, most: int) -> None:
-        """Settle how the next step's rows travel; ``most`` tokens has any engine. All ranks must
-        be told the same.
+    def begin(self, most: int, step: int = 0) -> None:
+        """Settle how the rows of the next step travel, the ``step``-th of all engines; ``most``
+        tokens has any of them. All ranks must be told the same.
 
         Few rows are padded to as many for every rank, and go to all of them: the shapes depend on
         ``most`` alone and the host waits for nothing, so it can be captured in a CUDA graph.
         Otherwise the ranks first tell each other how many there are.
         """
         self._most = most if most <= STATIC else None
+        self._group.begin(step)
 
     def __call__(
         self,

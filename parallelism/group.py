@@ -76,12 +76,14 @@ class Group:
     """This process among the ``size`` ranks of its engine, and among those of all ``engines``.
     Alone, it needs no torch.distributed.
 
-    ``exchanges`` counts what all engines have begun together; it shows who holds the others up.
+    ``progress`` says how far this rank is in what all engines do together: where a rank waits in
+    vain, the ones that hold it up have a smaller number. On CUDA the host runs ahead of the device,
+    and only whole steps are counted.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, engine: int = 0, engines: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.exchanges = 0
+        self.progress = 0
         self._engine, self._engines = engine, engines
         self._ranks: dist.ProcessGroup | None = None  # the engine's
         self._symmetric: Symmetric | None = None
@@ -196,9 +198,13 @@ class Group:
 
     # With the ranks of all engines.
 
+    def begin(self, step: int) -> None:
+        """The ``step``-th step of all engines begins, with fewer collectives than 65,536."""
+        self.progress = step << 16
+
     def spread(self, x: Tensor) -> Tensor:
         """``x`` [n, ...] of every rank of all engines: [ranks * n, ...] in their order."""
-        self.exchanges += 1
+        self.progress += self._polls
         out = x.new_empty(self.size * self._engines * len(x), *x.shape[1:])
         self._await(dist.all_gather_single(out, x, async_op=self._polls))
         return out
@@ -210,7 +216,7 @@ class Group:
 
         ``sent`` rows go to each and ``received`` come from each; None: equally many.
         """
-        self.exchanges += 1
+        self.progress += self._polls
         out = x.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
         self._await(
             dist.all_to_all_single(

@@ -183,9 +183,7 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
         store.set(channel, str(leader.port))
     rank = Rank(how.spec, how.rank, how.engine, how.placement)
     address, me = (HOST, int(store.get("coordinator"))), (how.engine, how.rank)
-    member = Member(
-        address, KEY, me, rank.facts(), lambda: rank.exchanges, rank.abort, how.deadline
-    )
+    member = Member(address, KEY, me, rank.facts(), lambda: rank.progress, rank.abort, how.deadline)
     follower = Follower(HOST, int(store.get(channel)), how.rank, KEY) if how.rank else None
     if leader is not None:
         leader.accept(ranks - 1)

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.fakes import FakeRunner
 from tests.oracle import generate
 from tests.test_engine import CONFIG, DEADLINE, KEY, KV, VOCAB, Published, request, start
-from workers.engine import EngineLoop
+from workers.engine import EngineLoop, follow
 from workers.gang import Coordinator, Member
+from workers.plans import Follower, Leader, PlanLost
 from workers.rounds import Hello, RoundLost, Rounds
 from workers.scheduler import Scheduler
 from workers.wire import Batch, Round, StepResult
@@ -119,8 +120,8 @@ def test_who_does_not_fit_is_refused_with_what_differs() -> None:
 class Meeting:
     """Where the runners of all engines meet in every round."""
 
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(ENGINES, timeout=DEADLINE)
+    def __init__(self, engines: int = ENGINES) -> None:
+        self.barrier = threading.Barrier(engines, timeout=DEADLINE)
         self.rounds: list[list[Round]] = [[] for _ in range(ENGINES)]
 
 
@@ -163,6 +164,7 @@ class Group:
 
         in_threads([lambda e=e: meet(e) for e in range(ENGINES)])  # type: ignore[misc]
         self.members: list[Member] = members
+        self.started = 0
         self.loops = [
             EngineLoop(
                 Scheduler(CONFIG, KV),
@@ -174,7 +176,7 @@ class Group:
         ]
 
     def __enter__(self) -> Group:
-        for loop in self.loops:
+        for loop in self.loops[self.started :]:
             start(loop)
         return self
 
@@ -217,6 +219,43 @@ def test_engines_with_different_loads_go_in_step(ahead: int) -> None:
         assert all(any(round.tokens) for round in first)
         busy = [sum(tokens > 0 for tokens in round.tokens) for round in first]
         assert {1, 2} <= {*busy}
+
+
+def test_the_ranks_of_an_engine_that_waits_for_another_hear_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others may load their weights, or fill a long prompt, for longer than a plan may take."""
+    monkeypatch.setattr("workers.plans.DEADLINE", 0.6)
+    monkeypatch.setattr("workers.engine.BEAT", 0.2)
+    ends: list[Exception] = []
+
+    def run(port: int) -> None:
+        try:
+            follow(Follower("127.0.0.1", port, 1, KEY), Rounded(Meeting(1), 0, 1))
+        except PlanLost as lost:
+            ends.append(lost)
+
+    leader = Leader("127.0.0.1", KEY)
+    follower = threading.Thread(target=run, args=(leader.port,))
+    follower.start()
+    leader.accept(1)
+    group = Group()
+    group.loops[0] = EngineLoop(
+        Scheduler(CONFIG, KV),
+        Rounded(group.meeting, 0, 1),
+        group.published[0],
+        leader,
+        group.members[0],
+    )
+    start(group.loops[0])
+    group.started = 1
+    group.loops[0].submit(request("r"))
+    time.sleep(2)
+    assert not ends, "the rank gave up"
+    with group:  # now the others begin, too
+        assert group.published[0].end("r").reason == "length"
+    follower.join(DEADLINE)
+    assert "closed the plan channel" in str(ends[0])
 
 
 def test_an_engine_that_stops_ends_the_group() -> None:

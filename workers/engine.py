@@ -226,7 +226,7 @@ class EngineLoop:
         self._idle = True
         if self._member is not None:
             self._member.rest()
-            if (round := self._member.due()) is not None:
+            if (round := self._member.wait(0)) is not None:
                 self._assist(round)
                 return
         due = self._due()
@@ -244,12 +244,20 @@ class EngineLoop:
 
     def _begin(self, batch: Batch) -> None:
         if self._member is not None and len(batch):
-            self._member.call(batch.num_tokens)
-            batch.round = self._member.wait()
-            while not batch.round.tokens[self._member.engine]:
-                self._assist(batch.round)  # made before the others knew of this batch
-                batch.round = self._member.wait()
+            batch.round = self._agree(self._member, batch.num_tokens)
         self._tell(batch)
+
+    def _agree(self, member: Member, tokens: int) -> Round:
+        """The round that this engine brings ``tokens`` to."""
+        member.call(tokens)
+        while True:
+            round = member.wait(BEAT)
+            if round is None:
+                self._tell(None)  # the others may take longer than the ranks wait for a plan
+            elif round.tokens[member.engine]:
+                return round
+            else:
+                self._assist(round)  # made before the others knew of this call
 
     def _assist(self, round: Round) -> None:
         """Take part in a round without tokens."""

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import msgspec
 
@@ -157,7 +157,7 @@ class Coordinator:
     def _take(self, rank: Rank, message: FromRank) -> None:
         now = time.monotonic()
         if isinstance(message, Beat):
-            self._rounds.heard(rank, message.exchanges, now)
+            self._rounds.heard(rank, message.progress, now)
         elif isinstance(message, Leave):
             self._end(message.why)
         elif isinstance(message, Call):
@@ -187,8 +187,8 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 
 
 class Member:
-    """A rank's part. ``progress`` counts what it has begun with all others; ``abort`` ends what
-    waits for them. Both are called from the member's thread.
+    """A rank's part. ``progress`` says how far it is in what it does with all others; ``abort``
+    ends what waits for them. Both are called from the member's thread.
 
     Raises RoundLost where ``facts`` differ from those of other ranks, or not all come in time.
     """
@@ -247,18 +247,17 @@ class Member:
             self._resting = True
             self._send(Call(0))
 
-    def wait(self) -> Round:
-        """The next round. Raises RoundLost; that comes in time, by the coordinator's deadline or,
-        if that is gone, by the member's."""
-        round = self._rounds.get()
+    def wait(self, timeout: float) -> Round | None:
+        """The next round, if it is made in time. Raises RoundLost: by the coordinator's deadline
+        or, if that is gone, by the member's own."""
+        try:
+            round = self._rounds.get(timeout > 0, timeout)
+        except Empty:
+            return None
         if round is None:
             self._rounds.put(None)
             raise RoundLost(self.failure)
         return round
-
-    def due(self) -> Round | None:
-        """A round that has been made, if there is one. Raises RoundLost."""
-        return None if self._rounds.empty() else self.wait()
 
     def leave(self, why: str) -> None:
         """End the group."""

@@ -297,9 +297,9 @@ class Rank:
         }
 
     @property
-    def exchanges(self) -> int:
-        """How many exchanges with all other ranks this one has begun."""
-        return 0 if self._place is None else self._place.group.exchanges
+    def progress(self) -> int:
+        """How far this rank is in what it does with all others."""
+        return 0 if self._place is None else self._place.group.progress
 
     def abort(self) -> None:
         """Let no collective hold this process; nothing runs here afterwards."""

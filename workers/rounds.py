@@ -30,9 +30,9 @@ class Hello(msgspec.Struct, tag=True, array_like=True):
 
 
 class Beat(msgspec.Struct, tag=True, array_like=True):
-    """A sign of life; from a rank, with what it has begun together with all others."""
+    """A sign of life; from a rank, with how far it is in what all do together."""
 
-    exchanges: int = 0
+    progress: int = 0
 
 
 class Call(msgspec.Struct, tag=True, array_like=True):
@@ -73,7 +73,7 @@ class Rounds:
         self._everybody = [(engine, rank) for engine in range(engines) for rank in range(ranks)]
         self._deadline, self._meet = deadline, meet
         self._facts: dict[Rank, dict[str, str]] = {}
-        self._heard: dict[Rank, tuple[float, int]] = {}  # when, and its exchanges
+        self._heard: dict[Rank, tuple[float, int]] = {}  # when, and its progress
         self._first: float | None = None  # when the first one came
         # What each engine brings; None: it has not said since its last round.
         self._said: list[int | None] = [None] * engines
@@ -117,9 +117,9 @@ class Rounds:
                 self._owing[engine] = now
         return Round(self._number, tokens)
 
-    def heard(self, rank: Rank, exchanges: int, now: float) -> None:
+    def heard(self, rank: Rank, progress: int, now: float) -> None:
         """A rank has given a sign of life."""
-        self._heard[rank] = (now, exchanges)
+        self._heard[rank] = (now, progress)
 
     def overdue(self, now: float) -> str | None:
         """Why the group must end: who has been silent for too long, or has stayed behind."""
@@ -132,10 +132,9 @@ class Rounds:
         late = [e for e, since in self._owing.items() if now - since > self._deadline]
         if not late:
             return None
-        begun = {rank: exchanges for rank, (_, exchanges) in self._heard.items()}
-        least = min(begun.values())
-        behind = [name(rank) for rank, exchanges in begun.items() if exchanges == least]
-        if len(behind) == len(begun):
+        least = min(progress for _, progress in self._heard.values())
+        behind = [name(rank) for rank, (_, at) in self._heard.items() if at == least]
+        if len(behind) == len(self._heard):
             behind = [name((engine, 0)) for engine in late]
         over = f"round {self._number} is not over after {self._deadline:.1f} s"
         return f"{over}: {'; '.join(behind)} held it up"

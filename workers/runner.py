@@ -106,7 +106,7 @@ class Runner:
         self._enter(batch)
         if batch.round is not None:
             most = max(batch.round.tokens)
-            self._model.exchange.begin(self._size(most) or most)
+            self._model.exchange.begin(self._size(most) or most, batch.round.number)
             if not len(batch):
                 self._model.assist()
         if not len(batch):
