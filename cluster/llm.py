@@ -79,7 +79,7 @@ class LLM:
         directory = resolve(spec.model, spec.revision)
         spec = msgspec.structs.replace(spec, model=str(directory))
         self._seed = spec.seed
-        rank = Rank(spec, 0, 1)
+        rank = Rank(spec)
         self.report = rank.load(None, progress)
         self.capacity = rank.plan(self.report.free_bytes)
         self._scheduler = rank.scheduler(self.capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -10,11 +11,65 @@ from torch import Tensor, nn
 
 from kernels.mxfp4 import BLOCK, MXFP4, dequantize
 from parallelism.layers import Place, declare
+from parallelism.layout import Places
 from parallelism.shard import Range, Slice
 
 
+class Slots:
+    """Where each expert of a layer is. Slots are counted through all ranks; an expert may have
+    several, and which one serves a token depends on the token's own experts alone."""
+
+    def __init__(self, places: Places) -> None:
+        self.held = places
+        self._experts = [*chain.from_iterable(places)]
+        self._plain = self._experts == [*range(len(self._experts))]
+        self._ends: Tensor | None = None  # int64 [ranks]: one past each rank's last slot
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def first(self, rank: int) -> int:
+        """The first slot of a rank."""
+        return sum(map(len, self.held[:rank]))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Expert ids int64 [T, k] to slots; -1 stays."""
+        if self._plain:
+            return ids
+        if self._tables is None or self._tables[0].device != ids.device:
+            self._tables = self._make(ids.device)
+        slots, copies = self._tables
+        known = ids.clamp(min=0)
+        turn = known.sum(-1, keepdim=True) % copies[known]
+        return torch.where(ids < 0, ids, slots[known, turn])
+
+    def owners(self, slots: Tensor) -> Tensor:
+        """The ranks that slots [...] are on; one more than there are for -1."""
+        if self._ends is None or self._ends.device != slots.device:
+            ends = torch.tensor([*map(len, self.held)]).cumsum(0)
+            self._ends = ends.to(slots.device)
+        return torch.where(
+            slots < 0, len(self.held), torch.bucketize(slots, self._ends, right=True)
+        )
+
+    def _make(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Slots of every expert int64 [experts, most], and how many are its own int64 [experts]."""
+        found: list[list[int]] = [[] for _ in range(max(self._experts) + 1)]
+        for slot, expert in enumerate(self._experts):
+            found[expert].append(slot)
+        copies = torch.tensor([len(slots) for slots in found])
+        most = int(copies.max())
+        padded = torch.tensor([slots + [-1] * (most - len(slots)) for slots in found])
+        return padded.to(device), copies.to(device)
+
+
+def _runs(experts: tuple[int, ...]) -> list[Range]:
+    """Adjacent experts together; one empty range where there are none."""
+    runs = groupby(enumerate(experts), lambda pair: pair[1] - pair[0])
+    found = [[expert for _, expert in run] for _, run in runs]
+    return [(run[0], run[-1] + 1) for run in found] or [(0, 0)]
+
+
 class Experts(nn.Module):
-    """h [T, D], ids and weights [T, k] -> [T, D]: this rank's share, to be summed over the ranks.
+    """h [T, D], slots and weights [T, k] -> [T, D]: this rank's share, to be summed over the ranks.
 
     Checkpoints keep gate and up rows interleaved, so a cut of columns i0..i1 takes rows
     2 i0 .. 2 i1 of ``gate_up_proj``. bf16 matrices are stored [E, in, out]; MXFP4 ones as
@@ -32,15 +87,19 @@ class Experts(nn.Module):
         limit: float,
         alpha: float,
         place: Place,
+        places: Places | None = None,
     ) -> None:
         super().__init__()
         layout = place.layout
-        mine = layout.experts(experts)
+        whole = layout.expert_parallel
+        self.slots = Slots((places or layout.places(experts)) if whole else ((*range(experts),),))
+        mine = _runs(self.slots.held[layout.ep_rank if whole else 0])
         first, last = layout.intermediate(intermediate, BLOCK if mxfp4 else 1)
         pairs = (2 * first, 2 * last)
         every = (0, hidden)
         self._experts, self._pack, self._dtype = place.ops.experts, place.ops.pack, place.dtype
-        self._first, self._limit, self._alpha = mine[0], limit, alpha
+        self._first = self.slots.first(layout.ep_rank) if whole else 0
+        self._limit, self._alpha = limit, alpha
         up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
         self.w13: Any = None  # as ``place.ops.pack`` makes them
         self.w2: Any = None
@@ -51,34 +110,42 @@ class Experts(nn.Module):
             )
         else:
             shape = (experts, hidden, 2 * intermediate)
-            slice13 = Slice(up, shape, (mine, every, pairs), transposed=True)
-            shape = (experts, intermediate, hidden)
-            slice2 = Slice(down, shape, (mine, (first, last), every), transposed=True)
-            self.w13_dense = declare(place.dtype, slice13)
-            self.w2_dense = declare(place.dtype, slice2)
+            slices = [Slice(up, shape, (run, every, pairs), transposed=True) for run in mine]
+            self.w13_dense = declare(place.dtype, *slices)
+            shape, cut = (experts, intermediate, hidden), (first, last)
+            slices = [Slice(down, shape, (run, cut, every), transposed=True) for run in mine]
+            self.w2_dense = declare(place.dtype, *slices)
         shape13 = (experts, 2 * intermediate)
-        self.b13 = declare(place.dtype, Slice(f"{up}_bias", shape13, (mine, pairs)))
+        self.b13 = declare(
+            place.dtype, *[Slice(f"{up}_bias", shape13, (run, pairs)) for run in mine]
+        )
         owned = every if layout.adds_expert_bias else (0, 0)
-        self.b2 = declare(place.dtype, Slice(f"{down}_bias", (experts, hidden), (mine, owned)))
+        shape2 = (experts, hidden)
+        self.b2 = declare(
+            place.dtype, *[Slice(f"{down}_bias", shape2, (run, owned)) for run in mine]
+        )
 
     def _declare_packed(
         self,
         own: str,
         name: str,
         shape: tuple[int, int, int],
-        experts: Range,
+        experts: list[Range],
         rows: Range,
         columns: Range,
     ) -> None:
         *outer, width = shape
         blocks = (columns[0] // BLOCK, columns[1] // BLOCK)
         scales = (*outer, width // BLOCK)
-        ranges = (experts, rows, blocks)
+        ranges = [(run, rows, blocks) for run in experts]
         half = BLOCK // 2  # bytes of a block
-        packed = Slice(f"{name}_blocks", (*scales, half), (*ranges, (0, half)), packed=True)
-        setattr(self, f"{own}_blocks", declare(torch.uint8, packed))
-        exponents = Slice(f"{name}_scales", scales, ranges, packed=True)
-        setattr(self, f"{own}_scales", declare(torch.uint8, exponents))
+        stored = (*scales, half)
+        packed = [
+            Slice(f"{name}_blocks", stored, (*each, (0, half)), packed=True) for each in ranges
+        ]
+        setattr(self, f"{own}_blocks", declare(torch.uint8, *packed))
+        exponents = [Slice(f"{name}_scales", scales, each, packed=True) for each in ranges]
+        setattr(self, f"{own}_scales", declare(torch.uint8, *exponents))
 
     @property
     def unpacked_bytes(self) -> int:
@@ -115,12 +182,12 @@ class Experts(nn.Module):
             matrix.copy_(dequantize(MXFP4(each, scales), self._dtype))
         return out
 
-    def forward(self, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, h: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         assert self.w13 is not None, "not loaded"
         assert self.w2 is not None, "not loaded"
         return self._experts(
             h,
-            ids,
+            slots,
             weights,
             self.w13,
             self.b13,

@@ -1,10 +1,11 @@
-"""The ranks of one engine and what they do together: NCCL on CUDA devices, gloo on CPU."""
+"""The ranks of one engine, and those of all engines that share experts, and what they do together:
+NCCL on CUDA devices, gloo on CPU."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 DEADLINE = timedelta(seconds=120)  # of every collective
+POLL = timedelta(seconds=0.2)  # gloo cannot be interrupted: how long an abort takes to be seen
 SMALL = 1 << 18  # bytes up to which ranks read each other's memory; not tuned on a device
 
 log = logging.getLogger(__name__)
@@ -26,13 +28,13 @@ class Symmetric:
     for a rank that is gone cannot be aborted: it ends with its process. No GPU has run it.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Of ``size`` bytes; all ranks at once. Raises whatever torch does where the devices
-        cannot reach each other's memory."""
+    def __init__(
+        self, size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        """Of ``size`` bytes; all ranks of ``group`` at once. Raises whatever torch does where the
+        devices cannot reach each other's memory."""
         from torch.distributed import _symmetric_memory
 
-        group = dist.group.WORLD
-        assert group is not None, "join first"
         self._name = group.group_name
         self._buffer = _symmetric_memory.empty(size // dtype.itemsize, dtype=dtype, device=device)
         _symmetric_memory.rendezvous(self._buffer, group)
@@ -66,13 +68,27 @@ def symmetric(make: Callable[[], Symmetric], agree: Callable[[bool], bool]) -> S
     return None
 
 
-class Group:
-    """This process among the ranks. Alone, it needs no torch.distributed."""
+class Aborted(RuntimeError):
+    """``Group.abort`` was called while a collective waited."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+
+class Group:
+    """This process among the ``size`` ranks of its engine, and among those of all ``engines``.
+    Alone, it needs no torch.distributed.
+
+    ``progress`` says how far this rank is in what all engines do together: where a rank waits in
+    vain, the ones that hold it up have a smaller number. On CUDA the host runs ahead of the device,
+    and only whole steps are counted.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, engine: int = 0, engines: int = 1) -> None:
         self.rank, self.size = rank, size
+        self.progress = 0
+        self._engine, self._engines = engine, engines
+        self._ranks: dist.ProcessGroup | None = None  # the engine's
         self._symmetric: Symmetric | None = None
         self._in_order = False
+        self._polls = self._aborted = False
 
     def join(
         self,
@@ -82,12 +98,14 @@ class Group:
         dtype: torch.dtype = torch.bfloat16,
         batch_invariant: bool = False,
     ) -> None:
-        """Meet the other ranks over ``store``. Raises torch.distributed.DistError in time.
+        """Meet the other ranks, of all engines, over ``store``. Raises torch.distributed.DistError
+        in time.
 
         ``most`` is the largest number of elements that ``all_reduce`` will get, in ``dtype``; how
         it sums on CUDA is chosen here, on all ranks alike.
         """
-        if self.size == 1:
+        world = self.size * self._engines
+        if world == 1:
             return
         if device.type == "cpu" and getattr(store, "host", "") == "127.0.0.1":
             # gloo would look the host's own name up, which need not resolve.
@@ -95,31 +113,42 @@ class Group:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("moeray", store),
-            rank=self.rank,
-            world_size=self.size,
+            rank=self._engine * self.size + self.rank,
+            world_size=world,
             timeout=DEADLINE,
             device_id=device if device.type == "cuda" else None,
         )
+        self._ranks = dist.group.WORLD
+        if self.size < world:
+            # Every process must take part in the making of every group.
+            for first in range(0, world, self.size):
+                ranks = dist.new_group(list(range(first, first + self.size)), DEADLINE)
+                if first == self._engine * self.size:
+                    self._ranks = ranks
+        assert self._ranks is not None
+        self._polls = device.type == "cpu"
         # With two ranks there is only one order.
         self._in_order = self.size > 2 and (device.type == "cpu" or batch_invariant)
-        if device.type == "cuda" and most and not batch_invariant:
+        if device.type == "cuda" and self.size > 1 and most and not batch_invariant:
+            ranks = self._ranks
 
             def agree(mine: bool) -> bool:
                 flag = torch.tensor(int(mine), device=device)
-                dist.all_reduce(flag, dist.ReduceOp.MIN)
+                dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks)
                 return bool(flag.item())
 
             size = min(SMALL, most * dtype.itemsize)
-            self._symmetric = symmetric(lambda: Symmetric(size, dtype, device), agree)
+            self._symmetric = symmetric(lambda: Symmetric(size, dtype, device, ranks), agree)
 
     def leave(self) -> None:
-        if self.size > 1:
+        if self._ranks is not None:
             dist.destroy_process_group()
 
     def abort(self) -> None:
-        """End NCCL's collectives that wait for ranks that failed; any thread may call it. Gloo's
-        end on their own when a rank's process does."""
-        if self.size > 1 and dist.is_initialized() and dist.get_backend() == "nccl":
+        """End collectives that wait for ranks that failed; any thread may call it. They raise; no
+        more may follow."""
+        self._aborted = True
+        if self._ranks is not None and not self._polls:
             dist.distributed_c10d._abort_process_group()
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -134,25 +163,81 @@ class Group:
         if self._symmetric is not None and self._symmetric.takes(x):
             return self._symmetric.all_reduce(x)
         if not self._in_order:
-            dist.all_reduce(x)
+            self._await(dist.all_reduce(x, group=self._ranks, async_op=self._polls))
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x)
+        self._await(dist.all_gather(parts, x, group=self._ranks, async_op=self._polls))
         total = parts[0].float()
         for other in parts[1:]:
             total += other
         return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """``x`` [n, ...] of every rank, on every rank: [size * n, ...] in their order. All must
+        have the same shape."""
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        self._await(dist.all_gather_single(out, x, group=self._ranks, async_op=self._polls))
+        return out
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """``x`` of every rank, on rank 0; elsewhere nothing. All must have the same shape."""
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
-        dist.gather(x, parts or None)
+        work = dist.gather(x, parts or None, group=self._ranks, group_dst=0, async_op=self._polls)
+        self._await(work)
         return parts
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """``x`` of rank ``source`` on every rank; overwrites the others'."""
         if self.size > 1:
-            dist.broadcast(x, source)
+            self._await(
+                dist.broadcast(x, group=self._ranks, group_src=source, async_op=self._polls)
+            )
         return x
+
+    # With the ranks of all engines.
+
+    def begin(self, step: int) -> None:
+        """The ``step``-th step of all engines begins, with fewer collectives than 65,536."""
+        self.progress = step << 16
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` [n, ...] of every rank of all engines: [ranks * n, ...] in their order."""
+        self.progress += self._polls
+        out = x.new_empty(self.size * self._engines * len(x), *x.shape[1:])
+        self._await(dist.all_gather_single(out, x, async_op=self._polls))
+        return out
+
+    def swap(
+        self, x: Tensor, received: Sequence[int] | None = None, sent: Sequence[int] | None = None
+    ) -> Tensor:
+        """Rows of ``x`` to every rank of all engines, and theirs, in the order of the ranks.
+
+        ``sent`` rows go to each and ``received`` come from each; None: equally many.
+        """
+        self.progress += self._polls
+        out = x.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
+        self._await(
+            dist.all_to_all_single(
+                out,
+                x.contiguous(),
+                None if received is None else list(received),
+                None if sent is None else list(sent),
+                async_op=self._polls,
+            )
+        )
+        return out
+
+    def _await(self, work: dist.Work | None) -> None:
+        """The end of a collective, where the host has to wait for it. Raises Aborted."""
+        while work is not None:
+            try:
+                work.wait(POLL)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises if it has failed, else only POLL had passed
+                    return
+                if self._aborted:
+                    raise Aborted("other ranks were waited for in vain") from None

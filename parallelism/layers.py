@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import Ops
 from parallelism.group import Group
-from parallelism.layout import Layout
+from parallelism.layout import Layout, Places
 from parallelism.shard import Slice, part, whole
 
 
@@ -27,6 +27,7 @@ class Place:
     ops: Ops
     dtype: torch.dtype
     device: torch.device
+    placement: tuple[Places, ...] | None = None  # of the experts, by layer; None: in their order
 
 
 class Sharded(nn.Parameter):

@@ -1,8 +1,9 @@
 """The rank grid: who holds which heads, experts and vocabulary. Pure.
 
-Attention and vocabulary are sharded over ``tp`` ranks. Experts are spread over the same ranks:
-whole ones (expert parallelism, a contiguous range each) or a cut through each of them along its
-intermediate dimension.
+An engine is ``tp`` ranks, over which attention and vocabulary are sharded; ``dp`` engines share one
+set of experts. These are spread over all ``dp`` * ``tp`` ranks, whole ones (expert parallelism, a
+contiguous range each). One engine can also cut through each of them along its intermediate
+dimension.
 """
 
 from __future__ import annotations
@@ -13,17 +14,31 @@ import msgspec
 
 from parallelism.shard import Range
 
+Places = tuple[tuple[int, ...], ...]  # of one layer: the experts that each of all ranks holds
+
 
 class LayoutError(ValueError):
     """The model cannot be cut like this; the message names the numbers and a way out."""
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """One rank's place in a grid of ``tp`` ranks."""
+    """One rank's place in a grid of ``dp`` engines of ``tp`` ranks."""
 
     tp: int = 1
     expert_parallel: bool = False
-    rank: int = 0
+    rank: int = 0  # in its engine
+    dp: int = 1
+    dp_rank: int = 0  # the engine
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are: all of them share the experts."""
+        return self.dp * self.tp
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank among all of them."""
+        return self.dp_rank * self.tp + self.rank
 
     def heads(self, count: int) -> Range:
         """Query or KV heads of this rank; KV heads fewer than ranks are held by several."""
@@ -39,10 +54,15 @@ class Layout(msgspec.Struct, frozen=True):
         return min(size, self.rank * each), min(size, (self.rank + 1) * each)
 
     def experts(self, count: int, rank: int | None = None) -> Range:
-        """Experts of this rank, or of another."""
+        """Experts of this rank, or of another of all ranks."""
         if not self.expert_parallel:
             return 0, count
-        return _even(count, self.tp, self.rank if rank is None else rank)
+        return _even(count, self.world, self.ep_rank if rank is None else rank)
+
+    def places(self, count: int) -> Places:
+        """The experts of all ranks, where nobody has placed them otherwise."""
+        ranks = range(self.world)
+        return tuple(tuple(range(*self.experts(count, rank))) for rank in ranks)
 
     def intermediate(self, size: int, unit: int = 1) -> Range:
         """Columns of every expert's intermediate dimension, in whole ``unit``s, perhaps uneven."""
@@ -58,7 +78,7 @@ class Layout(msgspec.Struct, frozen=True):
 
     def calls_by_rank(self, calls: Sequence[int]) -> list[int]:
         """(token, expert) pairs that each rank computes, from those of each expert."""
-        return [sum(calls[slice(*self.experts(len(calls), rank))]) for rank in range(self.tp)]
+        return [sum(calls[slice(*self.experts(len(calls), rank))]) for rank in range(self.world)]
 
 
 def check(
@@ -75,19 +95,26 @@ def check(
 
     ``unit`` is what the intermediate dimension may be cut into: 32 for MXFP4, else 1.
     """
-    tp = layout.tp
-    flag = f"--tensor-parallel-size {tp}"
+    tp, dp = layout.tp, layout.dp
+    flag, engines = f"--tensor-parallel-size {tp}", f"--data-parallel-size {dp}"
     if tp < 1:
         raise LayoutError(f"{flag} must be at least 1")
+    if dp < 1:
+        raise LayoutError(f"{engines} must be at least 1")
+    if dp > 1 and not layout.expert_parallel:
+        raise LayoutError(
+            f"{engines} needs --enable-expert-parallel: engines that share no experts are replicas"
+        )
     if heads % tp:
         raise LayoutError(f"{flag} does not divide the model's {heads} attention heads")
     if kv_heads % tp and tp % kv_heads:
         raise LayoutError(f"{flag} and the model's {kv_heads} KV heads: one must divide the other")
     if vocabulary < tp:
         raise LayoutError(f"{flag} exceeds the vocabulary of {vocabulary} tokens")
-    if layout.expert_parallel and experts < tp:
+    if layout.expert_parallel and experts < layout.world:
+        ranks = flag if dp == 1 else f"{engines} x {flag} = {layout.world} ranks"
         raise LayoutError(
-            f"{flag} with --enable-expert-parallel exceeds the model's {experts} experts"
+            f"{ranks} with --enable-expert-parallel exceeds the model's {experts} experts"
         )
     if not layout.expert_parallel and intermediate // unit < tp:
         blocks = f"{intermediate // unit} MXFP4 blocks" if unit > 1 else f"{intermediate} columns"

@@ -26,7 +26,7 @@ class Engine:
             "kv_cache_memory": 4 << 20,
         }
         self.spec = ModelSpec(model=str(directory), **(defaults | spec))
-        self.rank = Rank(self.spec, rank, self.spec.tensor_parallel_size)
+        self.rank = Rank(self.spec, rank)
         self.report = self.rank.load(store)
         self.plan = self.rank.plan(self.report.free_bytes)
         self.runner: Runner = self.rank.allocate(self.plan)

@@ -15,6 +15,7 @@ HUB = LOGITS.format(kernels="auto", form="bf16, hub's rope")
 COMPANY = "tests/test_model.py::test_a_tokens_logits_never_depend_on_its_company[False]"
 TWO_RANKS = "tests/test_parallel.py::test_tokens_equal_those_of_one_process[2]"
 FOUR_RANKS = "tests/test_parallel.py::test_tokens_equal_those_of_one_process[4]"
+EXCHANGE = "tests/test_exchange.py::test_tokens_come_back_as_if_computed_in_one_place"
 SHARES = "tests/test_weights.py::test_ranks_read_their_share_and_no_more"
 
 
@@ -186,8 +187,8 @@ MUTANTS = (
     ),
     Mutant(
         "parallelism/experts.py",
-        "slice2 = Slice(down, shape, (mine, (first, last), every), transposed=True)",
-        "slice2 = Slice(down, shape, (mine, (first, last), every))",
+        "slices = [Slice(down, shape, (run, cut, every), transposed=True) for run in mine]",
+        "slices = [Slice(down, shape, (run, cut, every)) for run in mine]",
         BF16,
         "bf16 matrices are stored [in, out]",
     ),
@@ -235,6 +236,34 @@ MUTANTS = (
         "return _even(count, count, self.rank % count)",
         "tests/test_layout.py::test_query_heads_meet_their_kv_head",
         "which KV head a rank holds when there are fewer than ranks",
+    ),
+    Mutant(
+        "parallelism/exchange.py",
+        "for part in parts:",
+        "for part in reversed(parts):",
+        EXCHANGE,
+        "sums are added in the order of ranks, whichever way the rows went",
+    ),
+    Mutant(
+        "parallelism/exchange.py",
+        "total = sums.new_zeros(mine, sums.shape[1], dtype=torch.float32)",
+        "total = sums.new_full((mine, sums.shape[1]), -0.0, dtype=torch.float32)",
+        EXCHANGE,
+        "sums start from +0, which a rank without a token's experts adds",
+    ),
+    Mutant(
+        "parallelism/experts.py",
+        "turn = known.sum(-1, keepdim=True) % copies[known]",
+        "turn = torch.arange(len(ids), device=ids.device)[:, None] % copies[known]",
+        EXCHANGE,
+        "the copy that serves a token does not depend on its batch",
+    ),
+    Mutant(
+        "workers/rounds.py",
+        "if len(tokens) < len(self._said) or not any(tokens):",
+        "if not any(tokens):",
+        "tests/test_rounds.py::TestProtocol",
+        "a round waits for every engine",
     ),
     Mutant(
         "parallelism/experts.py",

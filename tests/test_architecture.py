@@ -19,6 +19,7 @@ PURE = (
     "workers/sequence.py",
     "workers/scheduler.py",
     "workers/capacity.py",
+    "workers/rounds.py",
     "parallelism/layout.py",
     "parallelism/placement.py",
     "parallelism/shard.py",

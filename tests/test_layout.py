@@ -45,6 +45,20 @@ def test_shares_cover_everything_once(tp: int, count: int, unit: int, ep: bool) 
     assert sum(ranks[0].calls_by_rank([2] * count)) == 2 * count * (1 if ep else tp)
 
 
+@given(dp=st.integers(1, 6), tp=st.integers(1, 6), count=st.integers(1, 80))
+def test_engines_share_the_experts_and_nothing_else(dp: int, tp: int, count: int) -> None:
+    ranks = [Layout(tp, True, rank, dp, engine) for engine in range(dp) for rank in range(tp)]
+    assert [rank.ep_rank for rank in ranks] == [*range(dp * tp)]
+    held = [at for places in ranks[0].places(count) for at in places]
+    assert held == [at for rank in ranks for at in range(*rank.experts(count))]
+    assert held == [*range(count)]
+    for rank in ranks:
+        alone = Layout(tp, True, rank.rank)
+        assert rank.heads(tp * 2) == alone.heads(tp * 2)
+        assert rank.vocabulary(count) == alone.vocabulary(count)
+    assert sum(ranks[0].calls_by_rank([1] * count)) == count
+
+
 @pytest.mark.parametrize(("tp", "kv_heads"), [(1, 8), (2, 8), (8, 8), (16, 8), (4, 1), (4, 2)])
 def test_query_heads_meet_their_kv_head(tp: int, kv_heads: int) -> None:
     """Query head h attends to KV head h // group, on whatever rank it lies."""
@@ -67,6 +81,9 @@ def test_query_heads_meet_their_kv_head(tp: int, kv_heads: int) -> None:
         (Layout(32), {"intermediate": 96}, "32 exceeds the 3 MXFP4 blocks"),
         (Layout(64, True), {}, "exceeds the model's 32 experts"),
         (Layout(4), {"vocabulary": 3}, "vocabulary of 3 tokens"),
+        (Layout(2, dp=2), {}, "--data-parallel-size 2 needs --enable-expert-parallel"),
+        (Layout(2, True, dp=0), {}, "--data-parallel-size 0 must be at least 1"),
+        (Layout(8, True, dp=5), {}, "5 x --tensor-parallel-size 8 = 40 ranks .* 32 experts"),
     ],
 )
 def test_refusals_name_the_numbers(layout: Layout, numbers: dict[str, int], sentence: str) -> None:
@@ -74,6 +91,7 @@ def test_refusals_name_the_numbers(layout: Layout, numbers: dict[str, int], sent
         check(layout, **(GPT_OSS_20B | numbers))
     check(Layout(8), **GPT_OSS_20B)
     check(Layout(8, True), **GPT_OSS_20B)
+    check(Layout(4, True, dp=8), **GPT_OSS_20B)
 
 
 @given(data=st.data())

@@ -105,10 +105,10 @@ def test_form_of_experts_follows_free_memory(
 ) -> None:
     tiny_gpt_oss(tmp_path, mxfp4=True)
     spec = ModelSpec(model=str(tmp_path), device="cpu")
-    roomy = Rank(spec, 0, 1)
+    roomy = Rank(spec)
     assert "dequantised at load" in roomy.load(None).notes[0]
     monkeypatch.setattr(Rank, "_free", lambda self: 1 << 20)
-    tight = Rank(spec, 0, 1)
+    tight = Rank(spec)
     report = tight.load(None)
     assert "stay packed" in report.notes[0]
     assert report.weight_bytes < 1 << 20

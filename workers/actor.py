@@ -115,7 +115,7 @@ class RankActor:
             from workers.plans import Follower
             from workers.rank import Rank
 
-            self._core = Rank(self._spec, self._rank, self._world)
+            self._core = Rank(self._spec, self._rank)
             if self._rank > 0:
                 self._store = TCPStore(host, store, self._world, is_master=False)
                 self._follower = Follower(host, plans, self._rank, self._key)

@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import msgspec
 
 from parallelism.placement import imbalance
+from workers.gang import Member
 from workers.plans import BEAT, Follower, Leader
 from workers.scheduler import Scheduler
-from workers.wire import Abort, Batch, Load, Output, Request, StepResult
+from workers.wire import Abort, Batch, Load, Output, Request, Round, StepResult
 
 STALL = 600.0  # seconds after which a step counts as hung: big chunks on small machines take long
 REPORT = 0.2  # seconds between reports while steps run
@@ -97,7 +98,7 @@ class EngineLoop:
 
     ``publish`` gets the outputs of each step, and now and then a report; it must not block, and is
     called from the loop's thread, or from that of a ``submit`` to an engine that has ended.
-    ``round`` is called before every step; several engines will agree there on taking part in one.
+    ``member``: of the engines that share experts; every step with tokens is a round of theirs.
     ``ended`` is called when the loop is over, after its last outputs. ``compile`` prepares a
     grammar, in a thread of its own; what is wrong with it is told by the steps.
     """
@@ -108,7 +109,7 @@ class EngineLoop:
         runner: Runner,
         publish: Callable[[list[Output], Load | None], None],
         leader: Leader | None = None,
-        round: Callable[[], None] = lambda: None,
+        member: Member | None = None,
         ended: Callable[[], object] = lambda: None,
         compile: Callable[[str], object] = lambda grammar: None,
     ) -> None:
@@ -116,7 +117,8 @@ class EngineLoop:
         self.experts: list[list[int]] = []  # pairs [layers][experts] as of the last report
         self._scheduler, self._runner = scheduler, runner
         self._steps = Steps(scheduler, runner, self._begin)
-        self._publish, self._leader, self._round, self._ended = publish, leader, round, ended
+        self._publish, self._ended = publish, ended
+        self._leader, self._member = leader, member
         self._compile = compile
         self._compiler = ThreadPoolExecutor(1, "grammars")
         self._inbox: list[Request | Abort | Compiled] = []
@@ -132,6 +134,8 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until ``stop`` or a failure; raises nothing."""
+        if self._member is not None:
+            self._member.notify(self._wake.set)
         try:
             while not self._stopping:
                 self._take_inbox()
@@ -140,12 +144,18 @@ class EngineLoop:
                 else:
                     self._rest()
             self._fail("the engine was shut down", "")
+            if self._member is not None:
+                self._member.leave(f"engine {self._member.engine} was shut down")
         except Exception as error:
+            if self._member is not None:
+                error = self._member.explain(error)
             log.exception("the engine failed")
             kind = type(error).__name__
             self._fail(f"the engine failed ({kind}) and is being replaced", f": {error}")
         finally:
             self._compiler.shutdown(wait=False, cancel_futures=True)
+            if self._member is not None:
+                self._member.close()
             if self._leader is not None:
                 self._leader.close()
             self._ended()
@@ -223,6 +233,11 @@ class EngineLoop:
     def _rest(self) -> None:
         """Until something arrives, a deadline passes, or the ranks must hear a sign of life."""
         self._idle = True
+        if self._member is not None:
+            self._member.rest()
+            if (round := self._member.wait(0)) is not None:
+                self._assist(round)
+                return
         due = self._due()
         if self._wake.wait(BEAT if due is None else min(BEAT, due)):
             return
@@ -237,8 +252,27 @@ class EngineLoop:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _begin(self, batch: Batch) -> None:
-        self._round()
+        if self._member is not None and len(batch):
+            batch.round = self._agree(self._member, batch.num_tokens)
         self._tell(batch)
+
+    def _agree(self, member: Member, tokens: int) -> Round:
+        """The round that this engine brings ``tokens`` to."""
+        member.call(tokens)
+        while True:
+            round = member.wait(BEAT)
+            if round is None:
+                self._tell(None)  # the others may take longer than the ranks wait for a plan
+            elif round.tokens[member.engine]:
+                return round
+            else:
+                self._assist(round)  # made before the others knew of this call
+
+    def _assist(self, round: Round) -> None:
+        """Take part in a round without tokens."""
+        batch = Batch(0, round=round)
+        self._tell(batch)
+        self._runner.collect(self._runner.launch(batch))
 
     def _tell(self, batch: Batch | None) -> None:
         if self._leader is not None:
@@ -278,9 +312,12 @@ def _error(request: Request, why: str) -> Output:
     return Output(request.id, request.epoch, len(request.emitted), [], "error", why)
 
 
-def follow(follower: Follower, runner: Runner) -> None:
-    """What a rank other than 0 does until rank 0 is gone. Raises PlanLost, and what a step does."""
+def follow(follower: Follower, runner: Runner, member: Member | None = None) -> None:
+    """What a rank other than 0 does until rank 0 is gone. Raises PlanLost, RoundLost, and what a
+    step does."""
     flying: deque[Any] = deque()
+    if member is not None:
+        member.notify(follower.interrupt)
     try:
         while True:
             batch = follower.receive()
@@ -288,5 +325,11 @@ def follow(follower: Follower, runner: Runner) -> None:
                 flying.append(runner.launch(batch))
                 if len(flying) == runner.ahead:
                     runner.collect(flying.popleft())
+    except Exception as error:
+        if member is not None and (cause := member.explain(error)) is not error:
+            raise cause from error
+        raise
     finally:
+        if member is not None:
+            member.close()
         follower.close()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dispatch import Plan
+from parallelism.exchange import Exchange
 from parallelism.experts import Experts
 from parallelism.layers import (
     HeadLinear,
@@ -31,12 +32,12 @@ from workers.kvcache import KVCache
 class Block(nn.Module):
     """One layer: attention, then a mixture of experts, each behind a norm."""
 
-    def __init__(self, arch: Architecture, layer: int, place: Place) -> None:
+    def __init__(self, arch: Architecture, layer: int, place: Place, exchange: Exchange) -> None:
         super().__init__()
         name = f"model.layers.{layer}."
         self.d, self.scale, self.eps = arch.head_dim, arch.head_dim**-0.5, arch.rms_norm_eps
         self.k = arch.experts_per_token
-        self.ops, self.group = place.ops, place.group
+        self.ops, self.group, self.exchange = place.ops, place.group, exchange
         attention = name + "self_attn."
         hidden = arch.hidden_size
         self.norm = Vector(name + "input_layernorm.weight", hidden, place)
@@ -58,6 +59,7 @@ class Block(nn.Module):
             limit=arch.swiglu_limit,
             alpha=arch.swiglu_alpha,
             place=place,
+            places=place.placement[layer] if place.placement else None,
         )
 
     def forward(
@@ -80,8 +82,12 @@ class Block(nn.Module):
         delta = self.group.all_reduce(self.o(h))
         h, x = ops.add_rms_norm(delta, x, self.expert_norm.weight, self.eps)
         ids, weights = ops.route(self.router(h), self.k, plan.slots)
-        delta = self.group.all_reduce(self.experts(h, ids, weights))
-        return x, delta, ids
+        return x, self.exchange(self.experts, h, ids, weights), ids
+
+    def assist(self, h: Tensor) -> None:
+        """With no token of its own, h [0, D]: this rank's experts for the tokens of others."""
+        ids = h.new_empty(0, self.k, dtype=torch.int64)
+        self.exchange(self.experts, h, ids, h.new_empty(0, self.k, dtype=torch.float32))
 
 
 class Decoder(nn.Module):
@@ -91,7 +97,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.arch, self.ops = arch, place.ops
         self.embed = VocabEmbedding("model.embed_tokens", arch.vocab_size, arch.hidden_size, place)
-        self.blocks = nn.ModuleList(Block(arch, i, place) for i in range(arch.num_layers))
+        self.exchange = Exchange(place.layout, place.group)
+        self.blocks = nn.ModuleList(
+            Block(arch, i, place, self.exchange) for i in range(arch.num_layers)
+        )
         self.norm = Vector("model.norm.weight", arch.hidden_size, place)
         head = "model.embed_tokens" if arch.tie_word_embeddings else "lm_head"
         self.head = VocabHead(head, arch.vocab_size, arch.hidden_size, place)
@@ -125,6 +134,13 @@ class Decoder(nn.Module):
             self.arch.rms_norm_eps,
         )
         return self.head(h), torch.stack(routed)
+
+    def assist(self) -> None:
+        """Take part in a step of other engines, without tokens of this one."""
+        none = self.norm.weight.new_empty(0, self.arch.hidden_size)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.assist(none)
 
 
 class Rotary:

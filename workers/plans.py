@@ -7,6 +7,7 @@ nothing to do rank 0 sends a heartbeat, so a follower notices when it is gone.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import socket
@@ -122,10 +123,16 @@ class Follower:
         if size > MAX_PLAN:
             raise PlanLost(f"a plan of {size} bytes exceeds {MAX_PLAN}")
         batch = self._decode(_read(self._sock, size))
-        if batch.step != self._step + 1:
-            raise PlanLost(f"step {batch.step} came after step {self._step}")
-        self._step = batch.step
+        if batch.step:
+            if batch.step != self._step + 1:
+                raise PlanLost(f"step {batch.step} came after step {self._step}")
+            self._step = batch.step
         return batch
+
+    def interrupt(self) -> None:
+        """Let ``receive`` end; from any thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._sock.close()

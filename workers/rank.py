@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from kernels.mxfp4 import BLOCK
 from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
-from parallelism.layout import Layout, check
+from parallelism.layout import Layout, Places, check
 from parallelism.placement import ExpertLoad
 from workers import weights
 from workers.architecture import Architecture, parse
@@ -47,6 +48,17 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 
 
 LOAD = timedelta(hours=1)  # for the weights of the slowest rank
+SHARED = (  # fields of a ModelSpec on which the exchanges, or a token's bits, depend
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "dtype",
+    "kernels",
+    "batch_invariant",
+    "kv_cache_dtype",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,9 +102,15 @@ def dtypes(spec: ModelSpec) -> tuple[torch.dtype, torch.dtype]:
     return dtype, torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else dtype
 
 
-def layout(arch: Architecture, spec: ModelSpec, rank: int) -> Layout:
-    """Of one rank. Raises LayoutError where the model cannot be cut so."""
-    layout = Layout(spec.tensor_parallel_size, spec.enable_expert_parallel, rank)
+def layout(arch: Architecture, spec: ModelSpec, rank: int, engine: int = 0) -> Layout:
+    """Of one rank of an engine. Raises LayoutError where the model cannot be cut so."""
+    layout = Layout(
+        spec.tensor_parallel_size,
+        spec.enable_expert_parallel,
+        rank,
+        spec.data_parallel_size,
+        engine,
+    )
     check(
         layout,
         heads=arch.num_heads,
@@ -122,11 +140,17 @@ def kernels(
 class Rank:
     """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
 
-    def __init__(self, spec: ModelSpec, rank: int, world: int) -> None:
-        self._spec, self._world = spec, world
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rank: int = 0,
+        engine: int = 0,
+        placement: tuple[Places, ...] | None = None,
+    ) -> None:
+        self._spec, self._placement = spec, placement
         self._directory = Path(spec.model)
         self.architecture = arch = architecture(self._directory)
-        self._layout = layout(arch, spec, rank)
+        self._layout = layout(arch, spec, rank, engine)
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         self._dtype, self._kv_dtype = dtypes(spec)
@@ -150,8 +174,9 @@ class Rank:
             from kernels import aot  # imports Triton
 
             aot.verify()
-        group = Group(self._layout.rank, self._layout.tp)
-        place = Place(self._layout, group, ops, self._dtype, self._device)
+        grid = self._layout
+        group = Group(grid.rank, grid.tp, grid.dp_rank, grid.dp)
+        place = Place(grid, group, ops, self._dtype, self._device, self._placement)
         model = Decoder(arch, place)
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
         plan = weights.plan(model, self._directory, unused)
@@ -174,8 +199,8 @@ class Rank:
         self._place, self._model = place, model.eval()
         if store is not None and self._device.type == "cuda":
             # The rehearsal has collectives, and their deadline is shorter than a slow disk's.
-            store.set(f"loaded {self._layout.rank}", "1")
-            store.wait([f"loaded {rank}" for rank in range(self._layout.tp)], LOAD)
+            store.set(f"loaded {grid.ep_rank}", "1")
+            store.wait([f"loaded {rank}" for rank in range(grid.world)], LOAD)
         return RankReport(
             rank=self._layout.rank,
             pid=os.getpid(),
@@ -221,7 +246,7 @@ class Rank:
         """Bytes this rank may still take; ranks on CPU are taken to share one node."""
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
-        return int(psutil.virtual_memory().available) // self._world
+        return int(psutil.virtual_memory().available) // self._layout.world
 
     def _room(self) -> int:
         """Bytes for the KV cache: on CUDA, what the largest step leaves of this rank's share."""
@@ -259,6 +284,24 @@ class Rank:
             self._kv_dtype.itemsize,
             default_batched_tokens(self._spec, cuda),
         )
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks of engines that share experts must have in common. Raises
+        CheckpointError."""
+        spec = msgspec.to_builtins(self._spec)
+        config = (self._directory / "config.json").read_bytes()
+        return {field: str(spec[field]) for field in SHARED} | {
+            "device": self._device.type,
+            "torch": str(torch.__version__),
+            "config.json": hashlib.sha256(config).hexdigest()[:16],
+            "weights": weights.fingerprint(self._directory),
+            "placement": hashlib.sha256(repr(self._placement).encode()).hexdigest()[:16],
+        }
+
+    @property
+    def progress(self) -> int:
+        """How far this rank is in what it does with all others."""
+        return 0 if self._place is None else self._place.group.progress
 
     def abort(self) -> None:
         """Let no collective hold this process; nothing runs here afterwards."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.dispatch import Plan
 from kernels.reference import Rows
+from parallelism.exchange import STATIC
 from parallelism.layers import Place
 from workers.config import KVGroup, SchedulerConfig
 from workers.device import Device
@@ -95,6 +96,8 @@ class Runner:
         self._calls = torch.zeros(
             arch.num_layers, arch.num_experts + 1, dtype=torch.int64, device=cache.arena.device
         )
+        if place.layout.dp > 1:
+            slots = min(slots, STATIC)  # beyond, the host waits for how many rows there are
         self._ladder = ladder(slots) if device.graphs else []
 
     @property
@@ -105,12 +108,17 @@ class Runner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
         self._enter(batch)
+        if batch.round is not None:
+            most = max(batch.round.tokens)
+            self._model.exchange.begin(self._size(most) or most, batch.round.number)
+            if not len(batch):
+                self._model.assist()
         if not len(batch):
             return Launched(batch.step, lambda: self._last[:0])
         slots, starts, counts, _, samples = _columns(batch)
         step = self.prepare(batch)
         # A key that start-up did not think of is computed as it is: capturing takes a pause.
-        replay = self._graphs.get(_key(step)) if self._decoding(counts, samples) else None
+        replay = self._graphs.get(_key(step)) if self._padded(batch, counts, samples) else None
         if replay is None:
             logits = self.compute(step)
         else:
@@ -168,8 +176,7 @@ class Runner:
         tokens = np.full(ends[-1], -1)
         tokens[np.repeat(given, counts)] = np.frombuffer(batch.tokens, np.int32)
         last, padding = ends[samples] - 1, 0
-        if self._decoding(counts, samples):
-            size = next(size for size in self._ladder if size >= len(slots))
+        if size := self._padded(batch, counts, samples):
             last, padding = np.arange(size), size - len(slots)
         columns = [slots, starts, counts, tokens, np.repeat(slots, counts), positions]
         return self._send(last, *(np.pad(column, (0, padding)) for column in columns))
@@ -236,6 +243,7 @@ class Runner:
         for size in reversed(self._ladder):
             for length in [longest, *(1 << i for i in range(longest.bit_length()))]:
                 step = self._padding(size, length)
+                self._model.exchange.begin(size)
                 if self._logits is None:
                     self._logits = self.compute(step)
                 if _key(step) not in self._graphs:
@@ -275,9 +283,16 @@ class Runner:
         logits = self.compute(step)
         self._sampler.logprobs(logits, slots, self._sampler(logits, slots, ends))
 
-    def _decoding(self, counts: Ints, samples: Bools) -> bool:
-        """Whether the step is one that graphs exist for."""
-        return bool(self._ladder) and bool((counts == 1).all() and samples.all())
+    def _size(self, tokens: int) -> int:
+        """The least size of a captured step that holds so many; 0 if there is none."""
+        return next((size for size in self._ladder if size >= tokens), 0)
+
+    def _padded(self, batch: Batch, counts: Ints, samples: Bools) -> int:
+        """The size that a step of a kind that graphs exist for is padded to, of all engines the
+        same; 0 for other steps."""
+        if not self._ladder or not bool((counts == 1).all() and samples.all()):
+            return 0
+        return self._size(len(counts) if batch.round is None else max(batch.round.tokens))
 
     def _enter(self, batch: Batch) -> None:
         """What the step brings: sequences for slots, blocks for tables."""

@@ -7,13 +7,16 @@ Format of the files: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,7 @@ from parallelism.layers import Sharded
 from parallelism.shard import Slice
 
 INDEX = "model.safetensors.index.json"
+SAMPLES, SAMPLE = 16, 1 << 12  # of a file, for its fingerprint: how many, of so many bytes
 MAX_HEADER = 100 << 20  # bytes, as in the format's own library
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -72,6 +76,23 @@ class ReadPlan(msgspec.Struct, frozen=True):
     def size(self) -> int:
         """Bytes to read."""
         return sum(read.size for reads in self.reads.values() for read in reads)
+
+
+def fingerprint(directory: Path) -> str:
+    """Of all tensors' places and of some bytes of every file: equal for copies of a checkpoint.
+    Raises CheckpointError."""
+    digest = hashlib.sha256()
+    tensors = stored_tensors(directory)
+    for name, tensor in sorted(tensors.items()):
+        place = (name, tensor.file.name, tensor.offset, tensor.dtype, tensor.shape)
+        digest.update(repr(place).encode())
+    for path in sorted({tensor.file for tensor in tensors.values()}):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for part in range(SAMPLES):
+                file.seek(part * size // SAMPLES)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
@@ -225,8 +246,13 @@ def load(
 
 def _tensor(read: Read, maps: dict[Path, mmap.mmap]) -> Tensor:
     """The slice as a new tensor, in the dtype of the file."""
-    if not read.size:
-        return torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
+    tensor = torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
+    if read.size:
+        tensor.view(-1).view(torch.uint8).numpy()[:] = _bytes(read, maps)
+    return tensor.transpose(-1, -2) if read.slice.transposed else tensor
+
+
+def _bytes(read: Read, maps: dict[Path, mmap.mmap]) -> npt.NDArray[np.uint8]:
     if read.file not in maps:
         with read.file.open("rb") as file:
             maps[read.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -236,6 +262,4 @@ def _tensor(read: Read, maps: dict[Path, mmap.mmap]) -> Tensor:
         (*(stride for _, stride in read.repeats), 1),
         writeable=False,
     )
-    tensor = torch.empty(read.slice.stored_shape, dtype=_DTYPES[read.dtype])
-    tensor.view(-1).view(torch.uint8).numpy()[:] = data.ravel()
-    return tensor.transpose(-1, -2) if read.slice.transposed else tensor
+    return data.ravel()

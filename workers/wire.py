@@ -173,11 +173,19 @@ class Row(msgspec.Struct, frozen=True):
     tokens: list[int] | None  # None: the token last sampled in this slot
 
 
+class Round(msgspec.Struct, frozen=True, array_like=True):
+    """A step of several engines together: number ``number`` of those that use their experts."""
+
+    number: int
+    tokens: tuple[int, ...]  # of every engine; one without any takes part all the same
+
+
 class Batch(msgspec.Struct, array_like=True, gc=False):
     """One step, as a value: which tokens of which slots are computed, and where KV goes.
 
     Columns are little-endian bytes, one entry per row, so that encoding costs the same for 10 and
     2,000 rows. A batch without rows is legal: a rank with nothing to do still takes part.
+    Step 0 is none of the scheduler's: the engine takes part in a round of others.
     A row whose ``given`` flag is 0 has count 1 and continues from the slot's last sampled token,
     whose value the batch never names; so a step can be planned before the previous one is known.
     """
@@ -191,9 +199,14 @@ class Batch(msgspec.Struct, array_like=True, gc=False):
     tokens: bytes = b""  # int32[sum of counts of given rows]
     joins: list[Join] = []
     tables: list[Table] = []
+    round: Round | None = None  # None: no other engine is needed
 
     def __len__(self) -> int:
         return len(self.given)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(np.frombuffer(self.counts, np.int32).sum())
 
     def rows(self) -> Iterator[Row]:
         """The same step row by row; for tests, simulators and readers, not for the hot path."""

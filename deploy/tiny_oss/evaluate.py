@@ -62,7 +62,7 @@ def likelihoods(checkpoint: Path, **options: Any) -> Callable[[list[int], list[i
     from workers.kvcache import KVCache
     from workers.rank import Rank
 
-    rank = Rank(ModelSpec(model=str(checkpoint), device="cpu", **options), 0, 1)
+    rank = Rank(ModelSpec(model=str(checkpoint), device="cpu", **options))
     plan = rank.plan(rank.load(None).free_bytes)
     runner = rank.allocate(plan)
     model, cache = runner._model, runner._cache
