@@ -32,6 +32,10 @@ ODD = Refusal("the target must be a path")
 # What HAProxy says where its server does not, by its own status. What is no HTTP at all it answers
 # in words that cannot be changed.
 ERRORS = {
+    # It must notice clients that leave, and cannot tell those who only stop talking from them.
+    400: Refusal(
+        "the request broke off: keep the connection open both ways until the answer has come"
+    ),
     502: unavailable("the ingress was lost; send the request again"),
     503: unavailable("the service is starting, or ending; try again in a few seconds"),
     504: unavailable("the ingress does not answer; send the request again"),

@@ -310,6 +310,29 @@ def test_what_people_and_machines_look_at(service: Service) -> None:
     assert [rank["rank"] for rank in found["engines"][0]["ranks"]] == [0, 1]
 
 
+def test_nothing_of_serves_own_answers_without_a_key(service: Service) -> None:
+    """However the path is written: its replicas read it decoded."""
+    for path in ("/-/routes", "/-/healthz", "/-/Routes", "/%2d/routes", "/%2D%2fhealthz"):
+        with socket.create_connection(("127.0.0.1", service.port), DEADLINE) as sock:
+            sock.sendall(head(path, b"", method=b"GET"))
+            answer = b"".join(iter(lambda sock=sock: sock.recv(1 << 16), b""))  # type: ignore[misc]
+        assert answer.startswith(b"HTTP/1.1 404 "), answer
+        error = msgspec.json.decode(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "not_found"
+
+
+def test_a_client_that_closes_its_side_is_told_so(service: Service) -> None:
+    body = b'{"prompt": "hello", "max_tokens": 400, "ignore_eos": true}'
+    with socket.create_connection(("127.0.0.1", service.port), DEADLINE) as sock:
+        sock.sendall(head("/v1/completions", body) + body)
+        sock.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 400 "), answer
+    error = msgspec.json.decode(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert "open both ways" in error["message"]
+    service.until(lambda: service.status()["requests"] == 0)
+
+
 def test_every_answer_has_a_request_id(service: Service) -> None:
     """The client's, if it is short and printable."""
 
