@@ -59,11 +59,16 @@ class Service:
             assert time.monotonic() < end, self.said()
             time.sleep(0.1)
 
+    def family(self) -> list[psutil.Process]:
+        """Its processes that live: who was orphaned and has ended waits for the service's end."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit status. Fails where a process, a port or a folder is left."""
         if self.process.poll() is not None:
             return self.process.returncode
-        family = psutil.Process(self.process.pid).children(recursive=True)
+        family = self.family()
         homes = {Path(child.cwd()).parent for child in family if "moeray-" in child.cwd()}
         self.process.send_signal(number)
         try:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import agents
-import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel
@@ -180,8 +179,9 @@ def test_many_at_once_and_one_that_leaves(service: Service) -> None:
 
 def test_responses_outlive_the_stores_process(service: Service, client: OpenAI) -> None:
     made = client.responses.create(model="tiny-oss", input="What is 17 + 25?")
-    found = psutil.Process(service.process.pid).children(recursive=True)
-    (actor,) = [process for process in found if "ray::Store" in " ".join(process.cmdline())]
+    (actor,) = [
+        process for process in service.family() if "ray::Store" in " ".join(process.cmdline())
+    ]
     actor.kill()
     actor.wait(DEADLINE)
     assert client.responses.retrieve(made.id).output_text == "42"

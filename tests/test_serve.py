@@ -463,7 +463,7 @@ def test_a_killed_rank_ends_streams_and_comes_back(service: Service, rank: int) 
 def test_a_killed_ingress_is_replaced_and_what_comes_meanwhile_gets_a_typed_answer(
     service: Service,
 ) -> None:
-    family = psutil.Process(service.process.pid).children(recursive=True)
+    family = service.family()
     (ingress,) = [p for p in family if p.cmdline()[:1] == ["ray::ServeReplica:moeray:ingress"]]
     ingress.kill()
     statuses: list[int] = []
@@ -507,7 +507,7 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
         service.wait_until_ready()
         assert "without HAProxy" in service.said()
         driver = psutil.Process(service.process.pid)
-        family = driver.children(recursive=True)
+        family = service.family()
         assert not [p for p in [driver, *family] if "sesame" in " ".join(p.cmdline())]
         assert not [p for p in family if "sesame" in str(p.environ())]
         (home,) = {Path(p.cwd()).parent for p in family if "moeray-" in p.cwd()}
