@@ -17,7 +17,6 @@ from pathlib import Path
 from cluster.schema import Refusal, unavailable
 
 CLIENT_SECONDS = 30  # in which a request's headers must arrive
-IDLE_SECONDS = 300  # that a connection is kept for its next request
 # Headers that mean something to Serve; some values of theirs are an exception there.
 SERVE = (
     "x-request-timeout-seconds",
@@ -84,7 +83,6 @@ def edits(home: Path) -> str:
     defaults = [
         "# moeray-errors",
         f"timeout http-request {CLIENT_SECONDS}s",
-        f"timeout http-keep-alive {IDLE_SECONDS}s",
         *[f"errorfile {status} {home / str(status)}.http" for status in ERRORS],
     ]
     method = Refusal("there is no such method", headers={"allow": "GET, HEAD, POST"})

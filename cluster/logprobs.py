@@ -75,18 +75,18 @@ class Attribution:
 RESETS = ("<|start|>", "<|end|>", "<|return|>", "<|call|>")
 
 
-class _Likely(msgspec.Struct, gc=False):
+class LikelyToken(msgspec.Struct, gc=False):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class _Token(_Likely, gc=False):
-    top_logprobs: list[_Likely]
+class TokenLogprobs(LikelyToken, gc=False):
+    top_logprobs: list[LikelyToken]
 
 
 class ChatLogprobs(msgspec.Struct, gc=False):
-    content: list[_Token]
+    content: list[TokenLogprobs]
     refusal: None = None
 
 
@@ -105,9 +105,9 @@ def chat_logprobs(text: Text, tokens: Sequence[Token]) -> ChatLogprobs:
         top = []
         for id, value in zip(token.logprobs.tokens, token.logprobs.values, strict=True):
             piece = text.piece(id)
-            top.append(_Likely(_name(piece, ""), value, [*piece]))
+            top.append(LikelyToken(_name(piece, ""), value, [*piece]))
         piece = text.piece(token.id)
-        content.append(_Token(_name(piece, ""), token.logprobs.chosen, [*piece], top))
+        content.append(TokenLogprobs(_name(piece, ""), token.logprobs.chosen, [*piece], top))
     return ChatLogprobs(content)
 
 

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from cluster.exchange import JSON, SECONDS
 from cluster.items import InputItems, ResponseBody
-from cluster.reply import _ChatChoice, _TextChoice, _Usage
+from cluster.reply import ChatChoice, TextChoice, Usage
 from cluster.responses import INCLUDED, ResponsesBody
 from cluster.schema import IGNORED, LATER, NEVER, ChatBody, CompletionsBody, DetokenizeBody, Kind
 from cluster.store import NAME
@@ -26,8 +26,8 @@ class Completion(msgspec.Struct, kw_only=True):
     object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[_TextChoice]
-    usage: _Usage
+    choices: list[TextChoice]
+    usage: Usage
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -35,18 +35,18 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[_ChatChoice]
-    usage: _Usage
+    choices: list[ChatChoice]
+    usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class CompletionChunk(Completion, kw_only=True):
-    usage: _Usage | UnsetType | None = UNSET  # type: ignore[assignment]
+    usage: Usage | UnsetType | None = UNSET  # type: ignore[assignment]
 
 
 class ChatCompletionChunk(ChatCompletion, kw_only=True):
     object: Literal["chat.completion.chunk"]  # type: ignore[assignment]
-    usage: _Usage | UnsetType | None = UNSET  # type: ignore[assignment]
+    usage: Usage | UnsetType | None = UNSET  # type: ignore[assignment]
 
 
 class ResponseEvent(msgspec.Struct, kw_only=True):
@@ -179,8 +179,7 @@ def document(version: str) -> bytes:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
-    # Structs of cluster/reply.py are private there.
-    return msgspec.json.encode(found).replace(b'"_', b'"').replace(b"schemas/_", b"schemas/")
+    return msgspec.json.encode(found)
 
 
 ID = {

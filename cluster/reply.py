@@ -29,36 +29,38 @@ from workers.wire import Logprobs, Output, Request
 DONE = b"data: [DONE]\n\n"
 
 
-class _Function(msgspec.Struct, omit_defaults=True, gc=False):
+class AnswerFunction(msgspec.Struct, omit_defaults=True, gc=False):
     arguments: str | UnsetType = UNSET
     name: str | UnsetType = UNSET
 
 
-class _ToolCall(msgspec.Struct, kw_only=True, gc=False):
+class AnswerCall(msgspec.Struct, kw_only=True, gc=False):
     index: int | UnsetType = UNSET  # in a stream
-    function: _Function
+    function: AnswerFunction
     id: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
 
 
-class _Delta(msgspec.Struct, omit_defaults=True, gc=False):
+class AnswerMessage(msgspec.Struct, omit_defaults=True, gc=False):
+    """A message, or in a stream more of one."""
+
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[_ToolCall] | UnsetType = UNSET
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
 
 
-class _ChatChoice(msgspec.Struct, gc=False):
+class ChatChoice(msgspec.Struct, gc=False):
     index: int
-    delta: _Delta | UnsetType = UNSET  # in a stream
-    message: _Delta | UnsetType = UNSET  # in a whole body
+    delta: AnswerMessage | UnsetType = UNSET  # in a stream
+    message: AnswerMessage | UnsetType = UNSET  # in a whole body
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType = UNSET
     token_ids: Sequence[int] | UnsetType = UNSET
 
 
-class _TextChoice(msgspec.Struct, gc=False):
+class TextChoice(msgspec.Struct, gc=False):
     index: int
     text: str
     logprobs: TextLogprobs | None = None
@@ -68,7 +70,7 @@ class _TextChoice(msgspec.Struct, gc=False):
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
-class _Usage(msgspec.Struct, gc=False):
+class Usage(msgspec.Struct, gc=False):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -83,8 +85,8 @@ class _Body(msgspec.Struct, gc=False):
     object: str
     created: int
     model: str
-    choices: Sequence[_ChatChoice | _TextChoice]
-    usage: _Usage | UnsetType | None = UNSET
+    choices: Sequence[ChatChoice | TextChoice]
+    usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
@@ -292,27 +294,29 @@ class Reply:
             body.prompt_token_ids = self.call.requests[0].prompt
         return _encode(body)
 
-    def _whole(self, index: int, choice: Choice) -> _ChatChoice | _TextChoice:
-        out: _ChatChoice | _TextChoice
+    def _whole(self, index: int, choice: Choice) -> ChatChoice | TextChoice:
+        out: ChatChoice | TextChoice
         if self.call.kind == "chat":
             content = choice.content
-            message = _Delta(role="assistant", content=content or (None if choice.calls else ""))
+            message = AnswerMessage(
+                role="assistant", content=content or (None if choice.calls else "")
+            )
             if choice.reasoning:
                 message.reasoning_content = choice.reasoning
             if choice.calls:
                 message.tool_calls = [
-                    _ToolCall(
-                        function=_Function("".join(arguments), name),
+                    AnswerCall(
+                        function=AnswerFunction("".join(arguments), name),
                         id=self._call_id(index, at),
                         type="function",
                     )
                     for at, (name, arguments) in enumerate(choice.calls)
                 ]
-            out = _ChatChoice(index, message=message)
+            out = ChatChoice(index, message=message)
             if choice.request.sampling.logprobs is not None:
                 out.logprobs = chat_logprobs(self.call.model.text, choice.tokens)
         else:
-            out = _TextChoice(index, self._echo(index) + choice.content)
+            out = TextChoice(index, self._echo(index) + choice.content)
             if choice.request.sampling.logprobs is not None:
                 out.logprobs = text_logprobs(self.call.model.text, choice.tokens)
             if self.call.return_token_ids:
@@ -334,47 +338,47 @@ class Reply:
             if not text and choice.reason is None and ids is UNSET:
                 return []
             said = [token for delta in deltas for token in delta.tokens]
-            out = _TextChoice(index, text, prompt_token_ids=prompt, token_ids=ids)
+            out = TextChoice(index, text, prompt_token_ids=prompt, token_ids=ids)
             if said:
                 out.logprobs = text_logprobs(self.call.model.text, said)
             return [self._event([self._ended(out, choice, ids)])]
         events = []
         if opening:
-            first = _ChatChoice(index, delta=_Delta(role="assistant", content=""))
+            first = ChatChoice(index, delta=AnswerMessage(role="assistant", content=""))
             events.append(self._event([first], prompt=prompt))
         for delta in deltas:
-            chunk = _ChatChoice(index, delta=self._delta(index, delta), token_ids=ids)
+            chunk = ChatChoice(index, delta=self._delta(index, delta), token_ids=ids)
             if delta.tokens:
                 chunk.logprobs = chat_logprobs(self.call.model.text, delta.tokens)
             ids = UNSET
             events.append(self._event([chunk]))
         if choice.reason is not None:
-            last = _ChatChoice(index, delta=_Delta())
+            last = ChatChoice(index, delta=AnswerMessage())
             events.append(self._event([self._ended(last, choice, ids)]))
         elif ids is not UNSET:
-            events.append(self._event([_ChatChoice(index, delta=_Delta(), token_ids=ids)]))
+            events.append(self._event([ChatChoice(index, delta=AnswerMessage(), token_ids=ids)]))
         return events
 
     def _echo(self, index: int) -> str:
         return self.call.echoes[index] if self.call.echoes else ""
 
-    def _delta(self, index: int, delta: Delta) -> _Delta:
+    def _delta(self, index: int, delta: Delta) -> AnswerMessage:
         if delta.kind == "content":
-            return _Delta(content=delta.text)
+            return AnswerMessage(content=delta.text)
         if delta.kind == "reasoning":
-            return _Delta(reasoning_content=delta.text)
-        call = _ToolCall(index=delta.call, function=_Function(delta.text))
+            return AnswerMessage(reasoning_content=delta.text)
+        call = AnswerCall(index=delta.call, function=AnswerFunction(delta.text))
         if delta.name:
             call.function.name = delta.name
             call.id, call.type = self._call_id(index, delta.call), "function"
-        return _Delta(tool_calls=[call])
+        return AnswerMessage(tool_calls=[call])
 
     def _ended(
         self,
-        out: _ChatChoice | _TextChoice,
+        out: ChatChoice | TextChoice,
         choice: Choice,
         ids: Sequence[int] | UnsetType,
-    ) -> _ChatChoice | _TextChoice:
+    ) -> ChatChoice | TextChoice:
         out.finish_reason = choice.reason
         if choice.stop_reason is not None:
             out.stop_reason = choice.stop_reason
@@ -385,14 +389,14 @@ class Reply:
     def _call_id(self, index: int, at: int) -> str:
         return f"call_{self.call.id.rpartition('-')[2]}_{index}_{at}"
 
-    def _shell(self, choices: Sequence[_ChatChoice | _TextChoice]) -> _Body:
+    def _shell(self, choices: Sequence[ChatChoice | TextChoice]) -> _Body:
         call = self.call
         return _Body(call.id, self._object, call.created, call.model.name, choices)
 
     def _event(
         self,
-        choices: Sequence[_ChatChoice | _TextChoice],
-        usage: _Usage | None = None,
+        choices: Sequence[ChatChoice | TextChoice],
+        usage: Usage | None = None,
         prompt: Sequence[int] | UnsetType = UNSET,
     ) -> bytes:
         chunk = self._shell(choices)
@@ -403,14 +407,14 @@ class Reply:
         chunk.prompt_token_ids = prompt
         return b"data: " + _encode(chunk) + b"\n\n"
 
-    def _usage(self) -> _Usage:
+    def _usage(self) -> Usage:
         # Of several choices the first one pays for the prompt; the others find it in the cache.
         first = [choice for choice in self.choices.values() if choice.request.choice == 0]
         prompt = sum(len(choice.request.prompt) for choice in first)
         answer = sum(len(choice.emitted) for choice in self.choices.values())
         cached = sum(choice.cached for choice in first)
         thoughts = sum(choice.thoughts for choice in self.choices.values())
-        return _Usage(
+        return Usage(
             prompt,
             answer,
             prompt + answer,

@@ -78,10 +78,7 @@ def compile_kernels(
 
     Give the flags that `moeray serve` will get, and serve with `TRITON_CACHE_DIR=DIR`.
     """
-    spec = model_spec(
-        model="",
-        kv_cache_memory="",
-        device="cuda",
+    spec = _bare_spec(
         tensor_parallel_size=tensor_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
         dtype=dtype,
@@ -118,10 +115,7 @@ def kernels(
     """Show what the kernels' machine code is made of, without a GPU."""
     import tempfile
 
-    spec = model_spec(
-        model="",
-        kv_cache_memory="",
-        device="cuda",
+    spec = _bare_spec(
         tensor_parallel_size=tensor_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
         kv_cache_dtype=kv_cache_dtype,
@@ -268,3 +262,8 @@ def _parsed(kind: type[File], file: Path) -> File:
         return parse(kind, file.read_bytes())
     except PlacementError as error:
         raise PlacementError(f"{file}: {error}") from error
+
+
+def _bare_spec(**flags: Any) -> ModelSpec:
+    """How a model would run on GPUs; its weights are not needed."""
+    return model_spec(model="", kv_cache_memory="", device="cuda", **flags)

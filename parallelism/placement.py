@@ -16,12 +16,10 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from parallelism.layout import Layout
-from parallelism.shard import Range
+from parallelism.layout import Layout, Places
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Some = Annotated[int, msgspec.Meta(ge=1)]
-Places = tuple[tuple[int, ...], ...]  # of one layer: the experts of every rank
 
 
 class PlacementError(ValueError):
@@ -165,7 +163,7 @@ def contiguous(load: ExpertLoad, ranks: int, ranks_per_node: int = 0) -> Placeme
         raise PlacementError(f"{ranks} ranks for {load.experts} experts: give 1 to {load.experts}")
     if ranks_per_node < 0 or (ranks_per_node and ranks % ranks_per_node):
         raise PlacementError(f"{ranks} ranks do not fill nodes of {ranks_per_node}")
-    places = tuple(tuple(range(*each)) for each in _ranges(load.experts, ranks))
+    places = _in_order(load.experts, ranks)
     return Placement(
         model=load.model,
         config=load.config,
@@ -203,7 +201,7 @@ def place(load: ExpertLoad, ranks: int, redundant: int = 0, ranks_per_node: int 
 def _spread(calls: Sequence[int], ranks: int, per_node: int, slots: int, extra: int) -> Places:
     """One layer: experts over the nodes, then theirs and ``extra`` copies a rank over the ranks."""
     nodes = ranks // per_node
-    shares = [last - first for first, last in _ranges(len(calls), nodes)]
+    shares = [*map(len, _in_order(len(calls), nodes))]
     places: list[tuple[int, ...]] = []
     for experts in _pack([(float(load), expert) for expert, load in enumerate(calls)], shares):
         copies = _copies({expert: calls[expert] for expert in experts}, extra * per_node, per_node)
@@ -254,10 +252,9 @@ def _worst(calls: Sequence[int], places: Places, per_node: int) -> tuple[float, 
     return max(_by_rank(calls, places, 1)), max(_by_rank(calls, places, per_node))
 
 
-def _ranges(count: int, parts: int) -> list[Range]:
+def _in_order(count: int, parts: int) -> Places:
     """As experts are spread without a placement."""
-    layout = Layout(tp=parts, expert_parallel=True)
-    return [layout.experts(count, part) for part in range(parts)]
+    return Layout(tp=parts, expert_parallel=True).places(count)
 
 
 def _of(what: ExpertLoad | Placement) -> str:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from openai import OpenAI
 
-from tests.service import Service
+from tests.service import DEADLINE, Service
 
 # Triton reads the variable when it is imported, so interpreter tests have a process of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
@@ -27,3 +28,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
     finally:
         assert service.stop() == 0, service.said()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[OpenAI]:
+    url = f"{service.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE) as client:
+        yield client

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ TOOL: Any = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 RESULT = '{"temperature": 21}'
-
-
-@pytest.fixture
-def client(service: Service) -> Iterator[OpenAI]:
-    url = f"{service.url}/v1"
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE) as client:
-        yield client
 
 
 def test_an_answer_and_what_it_took(client: OpenAI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from cluster import openapi
 from cluster.store import Store
 from tests.front import DEADLINE, Front
 
@@ -29,6 +31,18 @@ OPERATIONS = [
         "GET /version",
     ),  # it leaves out the document itself
 ]
+
+
+def test_no_name_stands_for_two_things() -> None:
+    """Clients made from the document would get whichever comes last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        assert len({*names}) == len(names), sorted({n for n in names if names.count(n) > 1})
+        return dict(pairs)
+
+    found = json.loads(openapi.document("1"), object_pairs_hook=unique)
+    assert not [name for name in found["components"]["schemas"] if name.startswith("_")]
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,6 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
 LONG = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
 
 
-@pytest.fixture
-def client(service: Service) -> Iterator[OpenAI]:
-    url = f"{service.url}/v1"
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE) as client:
-        yield client
-
-
 def test_the_official_client_gets_an_answer(client: OpenAI) -> None:
     (model,) = client.models.list()
     assert model.id == client.models.retrieve(model.id).id == "tiny-oss"
@@ -274,6 +267,33 @@ def test_documents_and_free_answers_at_once(client: OpenAI, service: Service) ->
     assert answers[16].startswith("400: ")
     assert "grammar" in answers[16]
     service.until(lambda: service.metric("moeray_kv_blocks_used") == 0)
+
+
+def test_choices_of_documents_with_log_probabilities(client: OpenAI) -> None:
+    """On two ranks, whole and streamed; the log probabilities are those of the document's bytes."""
+    schema: Any = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y", "z"]}, "b": {"type": "integer", "maximum": 99}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    how: Any = {"model": "tiny-oss", "messages": QUESTION, "response_format": form}
+    how |= {"n": 4, "logprobs": True, "top_logprobs": 2, "temperature": 2.0, "seed": 5}
+    whole = client.chat.completions.create(**how).choices
+    texts, pieces = [""] * 4, [b""] * 4
+    for chunk in client.chat.completions.create(stream=True, **how):
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.delta.content or ""
+        for token in (choice.logprobs and choice.logprobs.content) or ():
+            pieces[choice.index] += bytes(token.bytes or ())
+    for at, one in enumerate(whole):
+        assert (one.index, one.finish_reason) == (at, "stop")
+        found = json.loads(one.message.content or "")
+        assert found["a"] in "xyz"
+        assert found["b"] <= 99
+        assert one.message.content == texts[at] == pieces[at].decode()
+    assert len({*texts}) > 1, "choices are drawn apart"
 
 
 @pytest.mark.parametrize(

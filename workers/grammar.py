@@ -107,7 +107,11 @@ class _Trial:
     def end(self) -> None:
         """The process, if there is one, with its input."""
         if self._child is not None:
-            self._child.communicate()
+            try:
+                self._child.communicate(timeout=TRIAL_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.communicate()
             self._child = None
 
 
