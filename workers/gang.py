@@ -71,7 +71,9 @@ class Coordinator:
         deadline: float = DEADLINE,
         meet: float = MEET,
     ) -> None:
-        self._key, self._deadline = key, deadline
+        self._key = key
+        # So often it looks for who is overdue: all must hear of it before they lose patience.
+        self._beat = _beat(min(deadline, meet))
         self._rounds = Rounds(engines, ranks, deadline, meet)
         self._members: dict[Rank, asyncio.StreamWriter] = {}
         self._ended: Ended | None = None
@@ -101,7 +103,7 @@ class Coordinator:
         async with server:
             while not self._closing.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), _beat(self._deadline))
+                    await asyncio.wait_for(self._closing.wait(), self._beat)
                 if why := self._rounds.overdue(time.monotonic()):
                     self._end(why)
                 self._tell(Beat())
@@ -224,7 +226,7 @@ class Member:
         except OSError as error:
             raise RoundLost(f"{name(rank)} cannot reach engine 0, rank 0: {error}") from error
         threading.Thread(target=self._listen, name="member", daemon=True).start()
-        if not self._met.wait(meet + GRACE):
+        if not self._met.wait(meet + HANDSHAKE):  # the coordinator says first who is missing
             self._lose(f"{name(rank)} has waited {meet:.1f} s for the others to come")
         if self.failure is not None:
             self.close()
