@@ -93,7 +93,13 @@ def serve(
         int,
         typer.Option("--tensor-parallel-size", "-tp", help="Ranks over which to shard the model."),
     ] = 1,
-    data_parallel_size: Annotated[int, typer.Option(help="Not yet above 1.")] = 1,
+    data_parallel_size: Annotated[
+        int,
+        typer.Option(
+            help="Engines of so many ranks each, which share the experts: needs "
+            "--enable-expert-parallel."
+        ),
+    ] = 1,
     enable_expert_parallel: Annotated[
         bool,
         typer.Option(
@@ -198,7 +204,6 @@ def serve(
     -d '{"messages": [{"role": "user", "content": "What is 17 + 25?"}]}'`
     """
     refuse(
-        data_parallel_size=data_parallel_size != 1,
         replicas=replicas != 1,
         autoscale=autoscale,
         config=config,
@@ -209,6 +214,7 @@ def serve(
         model=model,
         served_model_name=served_model_name,
         tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
         device=device,
         dtype=dtype,
