@@ -411,24 +411,27 @@ def _api_keys() -> tuple[ApiKey, ...]:
 
 def _ready(url: str, engines: list[dict[str, Any]]) -> None:
     """What was loaded, where the memory goes, and the URL."""
-    for engine in engines:
+    lines: list[str] = []
+    for number, engine in enumerate(engines):
+        of = f"engine {number}, " if len(engines) > 1 else ""
         for rank in engine["ranks"]:
             say.print(
-                f"rank {rank['rank']}: pid {rank['pid']} on {rank['node']}, {rank['device']}, "
+                f"{of}rank {rank['rank']}: pid {rank['pid']} on {rank['node']}, {rank['device']}, "
                 f"{rank['threads']} threads, weights {show_size(rank['weight_bytes'])} in "
                 f"{rank['seconds']:.1f} s"
             )
-        for note in engine["ranks"][0]["notes"]:
-            say.print(note)
-        say.print(
+        lines += engine["ranks"][0]["notes"]
+        lines.append(
             f"KV cache: {show_size(engine['kv_bytes'])} on each rank, "
             f"{engine['kv_blocks']:,} blocks; one sequence alone could have "
             f"{engine['kv_tokens']:,} tokens; sequences of {engine['max_model_len']:,} tokens at "
             f"once: {engine['concurrency']:.1f}"
         )
         if engine["reduced"]:
-            say.print(
+            lines.append(
                 f"The model length is {engine['max_model_len']:,}, less than the model's own: give "
                 "more --kv-cache-memory for longer sequences"
             )
+    for line in dict.fromkeys(lines):  # engines of one kind say the same
+        say.print(line)
     print(f"moeray is ready at {url}", flush=True)
