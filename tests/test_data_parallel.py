@@ -122,7 +122,8 @@ def test_engines_of_a_gang_on_several_nodes_survive_the_loss_of_one(tmp_path: Pa
         service = Service(tmp_path, *GANG, "-tp", "2", "--address", nodes.address, **ENVIRONMENT)
         try:
             service.wait_until_ready()
-            where = [psutil.Process(pid).ppid() for pid in service.ranks()]
+            before = service.ranks()
+            where = [psutil.Process(pid).ppid() for pid in before]
             assert len(where) == 4
             assert where[0] == where[1] != where[2] == where[3], "an engine is on one node"
             assert {*where} <= {*nodes.raylets}
@@ -135,13 +136,10 @@ def test_engines_of_a_gang_on_several_nodes_survive_the_loss_of_one(tmp_path: Pa
             ]
             lost = next(each for each in where if each not in (nodes.raylets[0], ingress))
             nodes.kill(lost)
-
-            def back() -> bool:
-                found = [psutil.Process(pid).ppid() for pid in service.ranks()]
-                return len(found) == 4 and lost not in found
-
-            service.until(back)
-            assert answer(service) == "42"
+            # Ray takes half a minute to call a node dead.
+            service.until(lambda: len({*service.ranks()} - {*before}) == 4, 3 * DEADLINE)
+            service.until(lambda: answer(service) == "42")
+            assert lost not in [psutil.Process(pid).ppid() for pid in service.ranks()]
         finally:
             assert service.stop() == 0, service.said()
 
