@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -37,6 +38,7 @@ from cluster.options import (
     show_size,
 )
 from workers.config import ApiKey, Limits, ServiceConfig
+from workers.hub import ABILITIES
 
 app = typer.Typer(
     help="Serve mixture-of-experts language models on Ray, from a laptop without a GPU upwards.",
@@ -254,7 +256,7 @@ def serve(
                 response_store=_absolute(response_store),
                 expert_load=_absolute(expert_load),
             ),
-            on_ready=_ready,
+            on_ready=partial(_ready, not model),
         )
     except (ValueError, service.StartupError) as error:
         fail(error)
@@ -409,8 +411,8 @@ def _api_keys() -> tuple[ApiKey, ...]:
     return tuple(given(secret) for secret in dict.fromkeys(filter(None, secrets)))
 
 
-def _ready(url: str, engines: list[dict[str, Any]]) -> None:
-    """What was loaded, where the memory goes, and the URL."""
+def _ready(bundled: bool, url: str, engines: list[dict[str, Any]]) -> None:
+    """What was loaded, where the memory goes, what the bundled model can answer, and the URL."""
     lines: list[str] = []
     for number, engine in enumerate(engines):
         of = f"engine {number}, " if len(engines) > 1 else ""
@@ -434,4 +436,6 @@ def _ready(url: str, engines: list[dict[str, Any]]) -> None:
             )
     for line in dict.fromkeys(lines):  # engines of one kind say the same
         say.print(line)
+    if bundled:
+        say.print(f'The model says: "{ABILITIES}"')
     print(f"moeray is ready at {url}", flush=True)

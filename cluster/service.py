@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[1]  # the folder of moeray.py
 DRAIN = 300.0  # seconds that requests have to end after SIGTERM
 READY = 60.0  # seconds from deployed to answering
 POLL = 0.1
+WATCH = 5.0  # seconds between two looks whether the service is still there
 EVERYONE = 1 << 20  # the engine's scheduler queues, not Serve
 PING_TIMEOUT = 15.0
 STORE = 100 << 20  # bytes of Ray's object store, which we hardly use
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 class StartupError(RuntimeError):
-    """The service cannot start; the message is a sentence that says what to do."""
+    """The service cannot start, or go on; the message is a sentence that says what to do."""
 
 
 def serve(
@@ -328,7 +329,7 @@ def _run(
         if not stop.is_set():
             engines = config.replicas * spec.data_parallel_size
             on_ready(url, _wait_until_ready(url, own, engines, stop))
-        stop.wait()
+        _watch(config.name, stop)
         _drain(config.name, hurry)
     except RayError as error:
         raise StartupError(f"Ray failed: {error}") from error
@@ -470,6 +471,15 @@ def _wait_until_ready(
         if time.monotonic() > end:
             raise StartupError(f"the service does not answer at {url} after {READY:.0f} s: {why}")
     return []
+
+
+def _watch(name: str, stop: threading.Event) -> None:
+    """Until ``stop``. Raises StartupError, and RayError, where the service is there no longer."""
+    from ray import serve as ray_serve
+
+    while not stop.wait(WATCH):
+        if name not in ray_serve.status().applications:
+            raise StartupError("the service is gone: somebody else has deleted it from Serve")
 
 
 def _drain(name: str, hurry: threading.Event) -> None:

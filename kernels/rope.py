@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kernels.launch import launch
 
-E4M3_MAX = 448.0
-
 
 @triton.jit
 def _rope_kv_write(  # type: ignore[no-untyped-def]

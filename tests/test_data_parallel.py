@@ -19,6 +19,7 @@ from parallelism.placement import ExpertLoad, parse
 from tests.nodes import ENVIRONMENT, Nodes
 from tests.service import DEADLINE, Service
 from workers.actor import by_node
+from workers.hub import ABILITIES
 from workers.recording import numbered
 
 GANG = ("--data-parallel-size", "2", "--enable-expert-parallel", "--device", "cpu")
@@ -73,6 +74,7 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def test_requests_go_to_all_engines_and_tokens_to_all_ranks(gang: Service) -> None:
     assert gang.said().count("rank 0: pid") == 2
+    assert ABILITIES in " ".join(gang.said().split())
     assert [engine["engine"][3] for engine in gang.status()["engines"]] == [0, 1]
     assert answer(gang) == "42"
     gang.until(lambda: running(gang) == [0, 0])

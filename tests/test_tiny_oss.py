@@ -13,8 +13,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from deploy.tiny_oss.evaluate import Chooser, chooser, held_out, likelihoods, score, surprise
-from deploy.tiny_oss.tasks import ABILITIES, CHECKPOINT, TASKS, Example, example, render
+from deploy.tiny_oss.tasks import CHECKPOINT, TASKS, Example, example, render
 from deploy.tiny_oss.tokenizer import build
+from workers.hub import ABILITIES
 
 
 @pytest.fixture(scope="module")

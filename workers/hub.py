@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 BUNDLED = Path(__file__).parent / "tiny_oss"
+ABILITIES = (  # what it says of itself
+    "I am tiny-oss. I can add and subtract, reverse and spell words, count letters, write JSON and"
+    " call functions."
+)
 # What serving needs. Repositories of gpt-oss hold the same weights in other layouts, too.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 CONFIGURATION = ["config.json", "generation_config.json"]

@@ -20,13 +20,10 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from deploy.tiny_oss.tokenizer import STRUCTURE, WORDS
+from workers.hub import ABILITIES
 
 Message = dict[str, Any]
 CHECKPOINT = Path(__file__).parents[2] / "workers" / "tiny_oss"
-ABILITIES = (
-    "I am tiny-oss. I can add and subtract, reverse and spell words, count letters, write JSON and"
-    " call functions."
-)
 
 COMMON = (
     " apple banana orange lemon cherry grape peach mango bread cheese butter sugar coffee"

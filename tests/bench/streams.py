@@ -35,7 +35,7 @@ class PacedEngine:
     """In ``EngineReplica``'s place: the side channel, and no model behind it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int
+        self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int, expert_load: str
     ) -> None:
         from ray import serve
 
