@@ -101,6 +101,14 @@ def serve(
             help="Each rank holds whole experts, instead of a cut through all of them.",
         ),
     ] = False,
+    expert_placement: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Which rank holds which experts, and copies of them: a file of `moeray experts "
+            "--output`. Needs --enable-expert-parallel. Default: each a range of them.",
+        ),
+    ] = "",
     device: Device = "auto",
     dtype: DType = "auto",
     kernels: Kernels = "auto",
@@ -210,6 +218,7 @@ def serve(
         served_model_name=served_model_name,
         tensor_parallel_size=tensor_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
+        expert_placement=_absolute(expert_placement),
         device=device,
         dtype=dtype,
         kernels=kernels,

@@ -19,7 +19,6 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
 
-from parallelism.layout import Places
 from tests.fakes import Replaying
 from workers.config import ModelSpec
 from workers.engine import EngineLoop, follow
@@ -44,7 +43,7 @@ class Answer:
 
 class Gang:
     """``engines`` of ``ranks`` each, a context manager. ``specs`` by engine override ``spec``;
-    ``replaying``: on devices that have graphs; ``placement`` of the experts, by layer."""
+    ``replaying``: on devices that have graphs."""
 
     def __init__(
         self,
@@ -54,7 +53,6 @@ class Gang:
         deadline: float = 60.0,
         specs: dict[int, dict[str, Any]] | None = None,
         replaying: bool = False,
-        placement: tuple[Places, ...] | None = None,
         **spec: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -77,7 +75,7 @@ class Gang:
             own = ModelSpec(**(defaults | spec | (specs or {}).get(engine, {})))
             for rank in range(ranks):
                 ours, theirs = context.Pipe()
-                how = _How(own, engine, rank, deadline, replaying, placement)
+                how = _How(own, engine, rank, deadline, replaying)
                 process = context.Process(target=_main, args=(how, self._store.port, theirs))
                 process.start()
                 theirs.close()
@@ -152,7 +150,6 @@ class _How:
     rank: int
     deadline: float
     replaying: bool
-    placement: tuple[Places, ...] | None
 
 
 def _main(how: _How, port: int, pipe: Connection) -> None:
@@ -182,7 +179,7 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
     if how.rank == 0 and ranks > 1:
         leader = Leader(HOST, KEY)
         store.set(channel, str(leader.port))
-    rank = Rank(how.spec, how.rank, how.engine, how.placement)
+    rank = Rank(how.spec, how.rank, how.engine)
     address, me = (HOST, int(store.get("coordinator"))), (how.engine, how.rank)
     member = Member(address, KEY, me, rank.facts(), lambda: rank.progress, rank.abort, how.deadline)
     follower = Follower(HOST, int(store.get(channel)), how.rank, KEY) if how.rank else None
