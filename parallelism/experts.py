@@ -15,7 +15,6 @@ from parallelism.layers import Place, declare
 from parallelism.layout import Places
 from parallelism.shard import Range, Slice
 
-
 _PACKED = ("_blocks", "_scales")  # ends of names
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
 
+from tests.engines import Watch
 from tests.fakes import Replaying
 from workers.config import ModelSpec
 from workers.engine import EngineLoop, follow
@@ -68,6 +69,7 @@ class Gang:
         self.answers: dict[str, Answer] = defaultdict(lambda: Answer([], []))
         self.loads: dict[int, Load] = {}
         self.ends: dict[tuple[int, int], tuple[float, str]] = {}  # when and how a rank has ended
+        self.computed: dict[tuple[int, int], list[int]] = {}  # pairs of those that ended, by layer
         self._pipes: dict[tuple[int, int], Connection] = {}
         self.processes: dict[tuple[int, int], Any] = {}
         context = mp.get_context("spawn")
@@ -121,6 +123,9 @@ class Gang:
             return
         if isinstance(message, str):
             self.ends[who] = (time.monotonic(), message)
+            return
+        if isinstance(message, list):
+            self.computed[who] = message
             return
         outputs, load = message
         self.loads[who[0]] = load or self.loads.get(who[0], Load())
@@ -192,12 +197,16 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
         assert rank._place is not None
         runner = Runner(runner._model, runner._cache, plan.scheduler, rank._place, device)
         runner.capture()
+    watch = Watch(runner._model)
     if follower is not None:
         try:
             follow(follower, runner, member)
         except ConnectionError as lost:
-            return str(lost)
-    return _lead(rank, plan, runner, leader, member, pipe)
+            why = str(lost)
+    else:
+        why = _lead(rank, plan, runner, leader, member, pipe)
+    pipe.send(watch.computed)
+    return why
 
 
 def _lead(

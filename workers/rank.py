@@ -231,7 +231,7 @@ class Rank:
         if self._placement is None or not count:
             return
         size = sum(m.bytes(dequantise) for m in blocks)
-        others = held(model) - sum(m.bytes(False) for m in blocks)
+        others = sum(p.nbytes for p in model.parameters()) - sum(m.bytes(False) for m in blocks)
         room = self._free() - others - (self._spec.kv_cache_memory or 0)
         try:
             self._placement.fit(size // count, max(0, room), self._layout.ep_rank)
