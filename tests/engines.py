@@ -70,11 +70,11 @@ class Engine:
 
 class Watch:
     """From now on: what a rank's router chose, int64 [layers, experts], and how many pairs its
-    experts computed [layers]."""
+    experts computed."""
 
     def __init__(self, model: Decoder) -> None:
         self.chosen = torch.zeros(model.arch.num_layers, model.arch.num_experts, dtype=torch.int64)
-        self.computed = [0] * model.arch.num_layers
+        self.computed = 0
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             self._listen(layer, block)
@@ -90,7 +90,7 @@ class Watch:
 
         def computing(*args: Any) -> Tensor:
             slots, biases, first = args[1], args[4], args[7]
-            self.computed[layer] += int(((slots >= first) & (slots < first + len(biases))).sum())
+            self.computed += int(((slots >= first) & (slots < first + len(biases))).sum())
             return compute(*args)
 
         block.ops = replace(block.ops, route=choosing)

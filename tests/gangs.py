@@ -42,6 +42,16 @@ class Answer:
     detail: str | None = None
 
 
+@dataclass
+class Watched:
+    """What a rank has done: pairs that its experts computed, what its router chose
+    [layers][experts], and, of rank 0, what it has counted of that."""
+
+    computed: int
+    chosen: list[list[int]]
+    counted: list[list[int]]
+
+
 class Gang:
     """``engines`` of ``ranks`` each, a context manager. ``specs`` by engine override ``spec``;
     ``replaying``: on devices that have graphs."""
@@ -69,7 +79,7 @@ class Gang:
         self.answers: dict[str, Answer] = defaultdict(lambda: Answer([], []))
         self.loads: dict[int, Load] = {}
         self.ends: dict[tuple[int, int], tuple[float, str]] = {}  # when and how a rank has ended
-        self.computed: dict[tuple[int, int], list[int]] = {}  # pairs of those that ended, by layer
+        self.watched: dict[tuple[int, int], Watched] = {}  # of those that ended
         self._pipes: dict[tuple[int, int], Connection] = {}
         self.processes: dict[tuple[int, int], Any] = {}
         context = mp.get_context("spawn")
@@ -124,8 +134,8 @@ class Gang:
         if isinstance(message, str):
             self.ends[who] = (time.monotonic(), message)
             return
-        if isinstance(message, list):
-            self.computed[who] = message
+        if isinstance(message, Watched):
+            self.watched[who] = message
             return
         outputs, load = message
         self.loads[who[0]] = load or self.loads.get(who[0], Load())
@@ -197,15 +207,15 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
         assert rank._place is not None
         runner = Runner(runner._model, runner._cache, plan.scheduler, rank._place, device)
         runner.capture()
-    watch = Watch(runner._model)
+    watch, counted = Watch(runner._model), []
     if follower is not None:
         try:
             follow(follower, runner, member)
         except ConnectionError as lost:
             why = str(lost)
     else:
-        why = _lead(rank, plan, runner, leader, member, pipe)
-    pipe.send(watch.computed)
+        why, counted = _lead(rank, plan, runner, leader, member, pipe)
+    pipe.send(Watched(watch.computed, watch.chosen.tolist(), counted))
     return why
 
 
@@ -216,7 +226,7 @@ def _lead(
     leader: Leader | None,
     member: Member,
     pipe: Connection,
-) -> str:
+) -> tuple[str, list[list[int]]]:
     sending = threading.Lock()
 
     def publish(outputs: Sequence[Output], load: Load | None) -> None:
@@ -234,4 +244,4 @@ def _lead(
     threading.Thread(target=listen, daemon=True).start()
     loop.run()
     replayed = getattr(runner._device, "replayed", 0)
-    return f"{loop.failure}; {replayed} steps replayed"
+    return f"{loop.failure}; {replayed} steps replayed", loop.experts

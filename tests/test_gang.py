@@ -117,13 +117,15 @@ def test_two_engines_give_the_tokens_of_one_process(
 
 
 def assert_placed(gang: Gang, engines: int, ranks: int) -> None:
-    """The gang has given the tokens it should; every rank computed the pairs that the engines
-    counted for it."""
+    """Every rank computed the pairs that the engines counted for it, and these counted for every
+    expert what was chosen."""
     gang.stop()
     counted = [gang.loads[at].expert_calls for at in range(engines)]
-    computed = [sum(gang.computed[at, rank]) for at in range(engines) for rank in range(ranks)]
+    computed = [gang.watched[at, rank].computed for at in range(engines) for rank in range(ranks)]
     assert computed == [sum(by_rank) for by_rank in zip(*counted, strict=True)]
     assert min(computed) > 0
+    for at in range(engines):
+        assert gang.watched[at, 0].counted == gang.watched[at, 0].chosen
 
 
 @pytest.mark.parametrize(
