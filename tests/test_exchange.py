@@ -170,6 +170,9 @@ def test_tokens_come_back_as_if_computed_in_one_place(
         chosen = slots(ids)
         alone = [slots(token) for token in ids.split(1)]
         assert torch.equal(torch.cat([*alone, ids[:0]]), chosen)
+        narrow = slots(ids.int())
+        assert narrow.dtype == torch.int32
+        assert torch.equal(narrow.long(), chosen)
         shares = [Share(rank, slots)(h, chosen, weights) for rank in range(dp * tp)]
         expected = torch.zeros_like(h)
         for share in shares:
