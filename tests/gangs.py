@@ -207,7 +207,8 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
         assert rank._place is not None
         runner = Runner(runner._model, runner._cache, plan.scheduler, rank._place, device)
         runner.capture()
-    watch, counted = Watch(runner._model), []
+    watch = Watch(runner._model)
+    counted: list[list[int]] = []
     if follower is not None:
         try:
             follow(follower, runner, member)

@@ -199,7 +199,7 @@ def test_a_load_without_tokens_is_refused(tmp_path: Path) -> None:
     assert "no tokens have been recorded yet" in said
 
 
-TWO = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "device": "cpu"}
+TWO: dict[str, Any] = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "device": "cpu"}
 
 
 def written(file: Path, placement: Placement) -> str:
@@ -240,7 +240,7 @@ def test_a_placement_that_cannot_be_served_is_refused_before_ray_starts(
     fields = msgspec.to_builtins(even) | change
     file = tmp_path / "p.json"
     file.write_bytes(msgspec.json.encode(fields))
-    asked = ModelSpec(**({"model": str(CHECKPOINT), "expert_placement": str(file)} | TWO | spec))
+    asked = ModelSpec(**(TWO | {"model": str(CHECKPOINT), "expert_placement": str(file)} | spec))
     said = f"--expert-placement {asked.expert_placement}: .*{sentence}"
     with pytest.raises(PlacementError, match=said):
         service.preflight(ServiceConfig(models=(asked,), port=free_port()))
