@@ -109,6 +109,14 @@ def serve(
             help="Each rank holds whole experts, instead of a cut through all of them.",
         ),
     ] = False,
+    expert_placement: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Which rank holds which experts, and copies of them: a file of `moeray experts "
+            "--output`. Needs --enable-expert-parallel. Default: each a range of them.",
+        ),
+    ] = "",
     device: Device = "auto",
     dtype: DType = "auto",
     kernels: Kernels = "auto",
@@ -218,6 +226,7 @@ def serve(
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
+        expert_placement=_absolute(expert_placement),
         device=device,
         dtype=dtype,
         kernels=kernels,

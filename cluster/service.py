@@ -37,7 +37,7 @@ from cluster.store import Store
 from workers import hub
 from workers.architecture import parse
 from workers.config import ModelSpec, ServiceConfig
-from workers.recording import Recording, nothing
+from workers.recording import Recording, nothing, placement
 
 ROOT = Path(__file__).parents[1]  # the folder of moeray.py
 DRAIN = 300.0  # seconds that requests have to end after SIGTERM
@@ -138,6 +138,7 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
         Path(model.model).name if model.model else directory.name.replace("_", "-")
     )
     model = msgspec.structs.replace(model, model=str(directory), served_model_name=name)
+    placement(model, architecture)
     if config.expert_load and config.address is None:
         shape = architecture.num_layers, architecture.num_experts
         Recording(config.expert_load, nothing(directory, name, *shape))

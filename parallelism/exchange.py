@@ -23,7 +23,7 @@ from parallelism.layout import Layout
 
 STATIC = 64  # tokens of an engine up to which shapes are fixed; not tuned
 
-# h [n, D], slots int64 [n, k] (-1: none), weights fp32 [n, k]
+# h [n, D], slots int [n, k] (-1: none), weights fp32 [n, k]
 Routed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -60,19 +60,18 @@ class Exchange:
         self,
         experts: Experts,
         h: Tensor,
-        ids: Tensor,
+        slots: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """h [T, D], ids and weights [T, k] -> the sum over each token's experts [T, D]."""
-        sent, rows = self.dispatch(experts.slots, h, ids, weights)
+        """h [T, D], slots and weights [T, k] -> the sum over each token's experts [T, D]."""
+        sent, rows = self.dispatch(experts.slots, h, slots, weights)
         return self.combine(experts(*rows) if len(rows[0]) else rows[0], sent)
 
     def dispatch(
-        self, where: Slots, h: Tensor, ids: Tensor, weights: Tensor
+        self, where: Slots, h: Tensor, slots: Tensor, weights: Tensor
     ) -> tuple[Sent, Routed]:
-        """The rows [M] that have experts at this rank (others, too, where all go everywhere), with
-        slots instead of ids."""
-        tokens, layout, slots = len(h), self._layout, where(ids)
+        """The rows [M] that have experts at this rank; others, too, where all go everywhere."""
+        tokens, layout = len(h), self._layout
         if layout.dp == 1:
             return Sent(tokens), (h, slots, weights)
         each = -(-tokens // layout.tp)

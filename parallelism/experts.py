@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from kernels.mxfp4 import BLOCK, MXFP4, dequantize
 from parallelism.layers import Place, declare
 from parallelism.layout import Places
 from parallelism.shard import Range, Slice
+
+_PACKED = ("_blocks", "_scales")  # ends of names
 
 
 class Slots:
@@ -26,17 +29,32 @@ class Slots:
         self._ends: Tensor | None = None  # int64 [ranks]: one past each rank's last slot
         self._tables: tuple[Tensor, Tensor] | None = None
 
+    def __len__(self) -> int:
+        return len(self._experts)
+
     def first(self, rank: int) -> int:
         """The first slot of a rank."""
         return sum(map(len, self.held[:rank]))
 
+    def fold(self, pairs: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What was counted of every slot, of every expert and of every rank; more is ignored."""
+        ends = accumulate(map(len, self.held), initial=0)
+        ranks = [sum(pairs[first:last]) for first, last in pairwise(ends)]
+        if self._plain:
+            return [*pairs[: len(self)]], ranks
+        experts = [0] * (max(self._experts) + 1)
+        for expert, count in zip(self._experts, pairs, strict=False):
+            experts[expert] += count
+        return experts, ranks
+
     def __call__(self, ids: Tensor) -> Tensor:
-        """Expert ids int64 [T, k] to slots; -1 stays."""
+        """Expert ids int [T, k] to slots of the same dtype; -1 stays."""
         if self._plain:
             return ids
-        if self._tables is None or self._tables[0].device != ids.device:
-            self._tables = self._make(ids.device)
-        slots, copies = self._tables
+        tables = self._tables
+        if tables is None or (tables[0].device, tables[0].dtype) != (ids.device, ids.dtype):
+            tables = self._tables = self._make(ids)
+        slots, copies = tables
         known = ids.clamp(min=0)
         turn = known.sum(-1, keepdim=True) % copies[known]
         return torch.where(ids < 0, ids, slots[known, turn])
@@ -50,15 +68,16 @@ class Slots:
             slots < 0, len(self.held), torch.bucketize(slots, self._ends, right=True)
         )
 
-    def _make(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Slots of every expert int64 [experts, most], and how many are its own int64 [experts]."""
+    def _make(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of every expert [experts, most], in the dtype of ``ids``, and how many are its own
+        int64 [experts]."""
         found: list[list[int]] = [[] for _ in range(max(self._experts) + 1)]
         for slot, expert in enumerate(self._experts):
             found[expert].append(slot)
         copies = torch.tensor([len(slots) for slots in found])
         most = int(copies.max())
         padded = torch.tensor([slots + [-1] * (most - len(slots)) for slots in found])
-        return padded.to(device), copies.to(device)
+        return padded.to(ids), copies.to(ids.device)
 
 
 def _runs(experts: tuple[int, ...]) -> list[Range]:
@@ -93,7 +112,8 @@ class Experts(nn.Module):
         layout = place.layout
         whole = layout.expert_parallel
         self.slots = Slots((places or layout.places(experts)) if whole else ((*range(experts),),))
-        mine = _runs(self.slots.held[layout.ep_rank if whole else 0])
+        held = self.slots.held[layout.ep_rank if whole else 0]
+        self.count, mine = len(held), _runs(held)
         first, last = layout.intermediate(intermediate, BLOCK if mxfp4 else 1)
         pairs = (2 * first, 2 * last)
         every = (0, hidden)
@@ -152,6 +172,12 @@ class Experts(nn.Module):
         """What packed weights would take in the activations' dtype; 0 where nothing is packed."""
         blocks = [p for name, p in self.named_parameters() if name.endswith("_blocks")]
         return sum(2 * p.numel() * self._dtype.itemsize for p in blocks)
+
+    def bytes(self, dequantise: bool) -> int:
+        """Of all weights in the form that ``finish`` would give them; before it."""
+        packed = [p.nbytes for name, p in self.named_parameters() if name.endswith(_PACKED)]
+        kept = sum(p.nbytes for p in self.parameters())
+        return kept - sum(packed) + self.unpacked_bytes if dequantise else kept
 
     def finish(self, dequantise: bool) -> None:
         """After loading: settle in which form the kernels get the matrices."""

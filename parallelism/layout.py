@@ -8,8 +8,6 @@ dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 
 from parallelism.shard import Range
@@ -75,10 +73,6 @@ class Layout(msgspec.Struct, frozen=True):
     def adds_expert_bias(self) -> bool:
         """Whether the down projection's bias is this rank's to add: once for every expert."""
         return self.expert_parallel or self.rank == 0
-
-    def calls_by_rank(self, calls: Sequence[int]) -> list[int]:
-        """(token, expert) pairs that each rank computes, from those of each expert."""
-        return [sum(calls[slice(*self.experts(len(calls), rank))]) for rank in range(self.world)]
 
 
 def check(

@@ -109,10 +109,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         both = zip(load.calls, self.layers, strict=True)
         return [_by_rank(calls, places, per) for calls, places in both]
 
+    def held(self, rank: int) -> int:
+        """Experts of a rank, in all layers."""
+        return sum(len(places[rank]) for places in self.layers)
+
     def bytes(self, expert_bytes: int) -> int:
         """Of the experts of the rank that holds the most."""
-        held = [sum(len(places[rank]) for places in self.layers) for rank in range(self.ranks)]
-        return max(held) * expert_bytes
+        return max(map(self.held, range(self.ranks))) * expert_bytes
 
     def check(self, config: str, layers: int, experts: int, ranks: int) -> None:
         """Raise PlacementError where it is not for such a model on so many ranks."""
@@ -125,13 +128,16 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.ranks != ranks:
             raise PlacementError(f"the placement is for {self.ranks} ranks, not for {ranks}")
 
-    def fit(self, expert_bytes: int, room: int) -> None:
-        """Raise PlacementError where the experts of a rank take more than ``room`` bytes."""
-        if self.bytes(expert_bytes) > room:
+    def fit(self, expert_bytes: int, room: int, rank: int | None = None) -> None:
+        """Raise PlacementError where the experts of a rank, or of this one, take more than ``room``
+        bytes."""
+        needed = self.bytes(expert_bytes) if rank is None else self.held(rank) * expert_bytes
+        if needed > room:
             raise PlacementError(
-                f"the placement puts {self.bytes(expert_bytes):,} bytes of experts on one rank "
-                f"({expert_bytes:,} each, {self.slots} slots in {len(self.layers)} layers); there "
-                f"is room for {room:,}: give it fewer redundant experts or more ranks"
+                f"the placement puts {needed:,} bytes of experts on "
+                f"{'one rank' if rank is None else f'rank {rank}'} ({expert_bytes:,} each, "
+                f"{self.slots} slots in {len(self.layers)} layers); there is room for {room:,}: "
+                "give it fewer redundant experts or more ranks"
             )
 
 

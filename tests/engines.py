@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from workers.config import ModelSpec
 from workers.engine import Steps
+from workers.model import Block, Decoder
 from workers.rank import Rank
 from workers.runner import Runner
 from workers.scheduler import Scheduler
@@ -63,6 +66,35 @@ class Engine:
         batch = self.scheduler.plan(0.0)
         result = self.runner.collect(self.runner.launch(batch))
         return self.scheduler.commit(batch, result, 0.0)
+
+
+class Watch:
+    """From now on: what a rank's router chose, int64 [layers, experts], and how many pairs its
+    experts computed."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.chosen = torch.zeros(model.arch.num_layers, model.arch.num_experts, dtype=torch.int64)
+        self.computed = 0
+        for layer, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            self._listen(layer, block)
+
+    def _listen(self, layer: int, block: Block) -> None:
+        route, compute = block.ops.route, block.experts._experts
+
+        def choosing(*args: Any) -> tuple[Tensor, Tensor]:
+            ids, weights = route(*args)
+            real = ids[ids >= 0].long()
+            self.chosen[layer] += torch.bincount(real, minlength=self.chosen.shape[1])
+            return ids, weights
+
+        def computing(*args: Any) -> Tensor:
+            slots, biases, first = args[1], args[4], args[7]
+            self.computed += int(((slots >= first) & (slots < first + len(biases))).sum())
+            return compute(*args)
+
+        block.ops = replace(block.ops, route=choosing)
+        block.experts._experts = computing
 
 
 def greedy(id: str, prompt: Sequence[int], tokens: int, **sampling: Any) -> Request:

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
 
-from parallelism.layout import Places
+from tests.engines import Watch
 from tests.fakes import Replaying
 from workers.config import ModelSpec
 from workers.engine import EngineLoop, follow
@@ -42,9 +42,19 @@ class Answer:
     detail: str | None = None
 
 
+@dataclass
+class Watched:
+    """What a rank has done: pairs that its experts computed, what its router chose
+    [layers][experts], and, of rank 0, what it has counted of that."""
+
+    computed: int
+    chosen: list[list[int]]
+    counted: list[list[int]]
+
+
 class Gang:
     """``engines`` of ``ranks`` each, a context manager. ``specs`` by engine override ``spec``;
-    ``replaying``: on devices that have graphs; ``placement`` of the experts, by layer."""
+    ``replaying``: on devices that have graphs."""
 
     def __init__(
         self,
@@ -54,7 +64,6 @@ class Gang:
         deadline: float = 60.0,
         specs: dict[int, dict[str, Any]] | None = None,
         replaying: bool = False,
-        placement: tuple[Places, ...] | None = None,
         **spec: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -70,6 +79,7 @@ class Gang:
         self.answers: dict[str, Answer] = defaultdict(lambda: Answer([], []))
         self.loads: dict[int, Load] = {}
         self.ends: dict[tuple[int, int], tuple[float, str]] = {}  # when and how a rank has ended
+        self.watched: dict[tuple[int, int], Watched] = {}  # of those that ended
         self._pipes: dict[tuple[int, int], Connection] = {}
         self.processes: dict[tuple[int, int], Any] = {}
         context = mp.get_context("spawn")
@@ -77,7 +87,7 @@ class Gang:
             own = ModelSpec(**(defaults | spec | (specs or {}).get(engine, {})))
             for rank in range(ranks):
                 ours, theirs = context.Pipe()
-                how = _How(own, engine, rank, deadline, replaying, placement)
+                how = _How(own, engine, rank, deadline, replaying)
                 process = context.Process(target=_main, args=(how, self._store.port, theirs))
                 process.start()
                 theirs.close()
@@ -124,6 +134,9 @@ class Gang:
         if isinstance(message, str):
             self.ends[who] = (time.monotonic(), message)
             return
+        if isinstance(message, Watched):
+            self.watched[who] = message
+            return
         outputs, load = message
         self.loads[who[0]] = load or self.loads.get(who[0], Load())
         for output in outputs:
@@ -154,7 +167,6 @@ class _How:
     rank: int
     deadline: float
     replaying: bool
-    placement: tuple[Places, ...] | None
 
 
 def _main(how: _How, port: int, pipe: Connection) -> None:
@@ -184,7 +196,7 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
     if how.rank == 0 and ranks > 1:
         leader = Leader(HOST, KEY)
         store.set(channel, str(leader.port))
-    rank = Rank(how.spec, how.rank, how.engine, how.placement)
+    rank = Rank(how.spec, how.rank, how.engine)
     address, me = (HOST, int(store.get("coordinator"))), (how.engine, how.rank)
     member = Member(address, KEY, me, rank.facts(), lambda: rank.progress, rank.abort, how.deadline)
     follower = Follower(HOST, int(store.get(channel)), how.rank, KEY) if how.rank else None
@@ -197,12 +209,17 @@ def _take_part(how: _How, store: dist.Store, pipe: Connection) -> str:
         assert rank._place is not None
         runner = Runner(runner._model, runner._cache, plan.scheduler, rank._place, device)
         runner.capture()
+    watch = Watch(runner._model)
+    counted: list[list[int]] = []
     if follower is not None:
         try:
             follow(follower, runner, member)
         except ConnectionError as lost:
-            return str(lost)
-    return _lead(rank, plan, runner, leader, member, pipe)
+            why = str(lost)
+    else:
+        why, counted = _lead(rank, plan, runner, leader, member, pipe)
+    pipe.send(Watched(watch.computed, watch.chosen.tolist(), counted))
+    return why
 
 
 def _lead(
@@ -212,7 +229,7 @@ def _lead(
     leader: Leader | None,
     member: Member,
     pipe: Connection,
-) -> str:
+) -> tuple[str, list[list[int]]]:
     sending = threading.Lock()
 
     def publish(outputs: Sequence[Output], load: Load | None) -> None:
@@ -230,4 +247,4 @@ def _lead(
     threading.Thread(target=listen, daemon=True).start()
     loop.run()
     replayed = getattr(runner._device, "replayed", 0)
-    return f"{loop.failure}; {replayed} steps replayed"
+    return f"{loop.failure}; {replayed} steps replayed", loop.experts

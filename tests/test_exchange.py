@@ -87,15 +87,18 @@ def function(e: Tensor, h: Tensor) -> Tensor:
 
 
 class Share:
-    """The sums over a rank's own experts, in order of k, as the kernels make them."""
+    """The sums over a rank's own experts, in order of k, as the kernels make them. ``pairs`` counts
+    what was added up."""
 
     def __init__(self, rank: int, slots: Slots) -> None:
         self.slots, self._first, self._held = slots, slots.first(rank), slots.held[rank]
+        self.pairs = 0
 
     def __call__(self, h: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros_like(h)
         for s, weight in zip((slots - self._first).unbind(1), weights.unbind(1), strict=True):
             mine = (s >= 0) & (s < len(self._held))
+            self.pairs += int(mine.sum())
             expert = torch.tensor([*self._held, 0])[s.where(mine, len(self._held))]
             total += torch.where(mine[:, None], weight[:, None] * function(expert, h), 0)
         return total
@@ -129,7 +132,8 @@ def test_tokens_come_back_as_if_computed_in_one_place(
     data: st.DataObject, dp: int, tp: int, experts: int, placed: bool, k: int, seed: int
 ) -> None:
     """By either way, the same bits, whatever the others bring, and wherever experts and their
-    copies are; rows go only where they must."""
+    copies are; rows go only where they must. Every rank computes the pairs that the engines count
+    for it."""
     draw = torch.Generator().manual_seed(seed)
     tokens = data.draw(st.lists(st.integers(0, 9), min_size=dp, max_size=dp))
     layouts = grid(dp, tp)
@@ -144,20 +148,31 @@ def test_tokens_come_back_as_if_computed_in_one_place(
         given.append((h, ids.masked_fill(padding[:, None], -1), weights))
     most = max(tokens) + data.draw(st.integers(0, 3))
 
-    def run(layout: Layout, group: Threads) -> list[Tensor]:
+    def run(layout: Layout, group: Threads) -> tuple[list[Tensor], int]:
         exchange, share = Exchange(layout, group), Share(layout.ep_rank, slots)
+        h, ids, weights = given[layout.dp_rank]
         results = []
         for bound in (most, STATIC + 1):
             exchange.begin(bound)
-            results.append(exchange(share, *given[layout.dp_rank]))  # type: ignore[arg-type]
-        return results
+            results.append(exchange(share, h, slots(ids), weights))  # type: ignore[arg-type]
+        return results, share.pairs
 
-    for layout, ((static, exact), sent) in zip(layouts, on_threads(layouts, run), strict=True):
+    everything = torch.cat([ids for _, ids, _ in given]).flatten()
+    everywhere = torch.cat([slots(ids) for _, ids, _ in given]).flatten()
+    counted = torch.bincount(everywhere[everywhere >= 0], minlength=len(slots) + 2).tolist()
+    by_expert, by_rank = slots.fold(counted)
+    assert by_expert == torch.bincount(everything[everything >= 0], minlength=experts).tolist()
+    found = on_threads(layouts, run)
+    assert [pairs for (_, pairs), _ in found] == [2 * pairs for pairs in by_rank]
+    for layout, (((static, exact), _), sent) in zip(layouts, found, strict=True):
         h, ids, weights = given[layout.dp_rank]
         each = -(-len(h) // tp)
         chosen = slots(ids)
         alone = [slots(token) for token in ids.split(1)]
         assert torch.equal(torch.cat([*alone, ids[:0]]), chosen)
+        narrow = slots(ids.int())
+        assert narrow.dtype == torch.int32
+        assert torch.equal(narrow.long(), chosen)
         shares = [Share(rank, slots)(h, chosen, weights) for rank in range(dp * tp)]
         expected = torch.zeros_like(h)
         for share in shares:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,25 @@ import torch
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from cluster import service
 from cluster.cli import app
+from cluster.llm import LLM
 from deploy.tiny_oss.evaluate import held_out
 from deploy.tiny_oss.tasks import CHECKPOINT, TASKS, render
-from parallelism.placement import ExpertLoad, Placement, contiguous, imbalance, parse, place
+from parallelism.placement import (
+    ExpertLoad,
+    Placement,
+    PlacementError,
+    contiguous,
+    imbalance,
+    parse,
+    place,
+)
 from tests.checkpoints import tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
+from tests.service import free_port
+from workers.config import ModelSpec, ServiceConfig
+from workers.rank import Rank
 from workers.recording import Recording, nothing
 from workers.wire import Request
 
@@ -183,3 +197,113 @@ def test_a_load_without_tokens_is_refused(tmp_path: Path) -> None:
     status, _, said = run(file, "--ranks", 2)
     assert status == 1
     assert "no tokens have been recorded yet" in said
+
+
+TWO: dict[str, Any] = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "device": "cpu"}
+
+
+def written(file: Path, placement: Placement) -> str:
+    file.write_bytes(msgspec.json.encode(placement))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "sentence"),
+    [
+        ({"tensor_parallel_size": 1}, {}, "one rank holds all experts"),
+        ({"enable_expert_parallel": False}, {}, "add --enable-expert-parallel"),
+        ({"tensor_parallel_size": 4}, {}, "the placement is for 2 ranks, not for 4"),
+        (
+            {},
+            {"config": "c" * 64},
+            r"is for tiny-oss \(4 layers, 8 experts, config.json c{12}\), not for a model of",
+        ),
+        ({}, {"slots": 8, "layers": [[[*range(8)], []]]}, r"\(1 layers, .* a model of 4 layers"),
+        (
+            {},
+            {"experts": 7, "slots": 7, "layers": [[[*range(7)], []]] * 4},
+            "7 experts, .* 8 experts",
+        ),
+        ({}, {"slots": 3}, "this is no placement: .*4 experts for 3 slots"),
+        ({"expert_placement": "/nowhere/p.json"}, {}, "No such file"),
+        ({"expert_placement": str(CHECKPOINT / "config.json")}, {}, "this is no placement"),
+    ],
+)
+def test_a_placement_that_cannot_be_served_is_refused_before_ray_starts(
+    spec: dict[str, Any],
+    change: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+) -> None:
+    """And by a rank, whose node may have another file."""
+    even = contiguous(nothing(CHECKPOINT, "tiny-oss", 4, 8), 2)
+    fields = msgspec.to_builtins(even) | change
+    file = tmp_path / "p.json"
+    file.write_bytes(msgspec.json.encode(fields))
+    asked = ModelSpec(**(TWO | {"model": str(CHECKPOINT), "expert_placement": str(file)} | spec))
+    said = f"--expert-placement {asked.expert_placement}: .*{sentence}"
+    with pytest.raises(PlacementError, match=said):
+        service.preflight(ServiceConfig(models=(asked,), port=free_port()))
+    with pytest.raises(PlacementError, match=said):
+        Rank(asked)
+
+
+def test_one_process_needs_no_placement(tmp_path: Path) -> None:
+    file = written(tmp_path / "p.json", contiguous(nothing(CHECKPOINT, "m", 4, 8), 2))
+    with pytest.raises(ValueError, match=r"p\.json: one rank holds all experts"):
+        LLM(expert_placement=file)
+
+
+@pytest.mark.parametrize(
+    ("form", "kv"), [("dense", 4 << 20), ("dequantised", 4 << 20), ("packed", 100_000)]
+)
+def test_more_copies_than_there_is_memory_for(
+    form: str, kv: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with the numbers before a weight is read, from the very byte on that is missing."""
+    directory = tiny_gpt_oss(tmp_path / "m", mxfp4=form != "dense")
+    layers = ((tuple(range(8)), (4, 5, 6, 7)),) * 4
+    even = contiguous(nothing(directory, "m", 4, 8), 2)
+    file = written(tmp_path / "p.json", msgspec.structs.replace(even, slots=8, layers=layers))
+    how: Any = {"model": str(directory), "dtype": "float32", "kv_cache_memory": kv}
+    spec = ModelSpec(expert_placement=file, **(how | TWO))
+    read: list[int] = []
+
+    def load(free: int) -> int:
+        read.clear()
+        monkeypatch.setattr(Rank, "_free", lambda self: free)
+        return Rank(spec).load(None, lambda done, of: read.append(done)).weight_bytes
+
+    needed = load(1 << 40)
+    if form == "packed":
+        needed = load(needed)  # no room to dequantise them
+    assert read
+    with pytest.raises(PlacementError) as refused:
+        load(needed + kv - 1)
+    assert not read
+    said = re.fullmatch(
+        r"--expert-placement .*p\.json: the placement puts ([0-9,]+) bytes of experts on rank 0 "
+        r"\(([0-9,]+) each, 8 slots in 4 layers\); there is room for ([0-9,]+): give it fewer .*",
+        str(refused.value),
+    )
+    assert said, refused.value
+    size, each, room = (int(number.replace(",", "")) for number in said.groups())
+    assert size == 32 * each == room + 1
+    assert load(needed + kv) == needed
+
+
+def test_the_command_makes_the_path_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serving changes into a folder of its own."""
+    asked: list[ServiceConfig] = []
+    monkeypatch.setattr(service, "serve", lambda config, on_ready: asked.append(config))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["serve", "--expert-placement", "p.json"])
+    assert done.exit_code == 0, done.stderr
+    assert asked[0].models[0].expert_placement == str(tmp_path / "p.json")
+    monkeypatch.undo()
+    port = str(free_port())
+    done = CliRunner().invoke(app, ["serve", "--expert-placement", str(RECORDED), "--port", port])
+    assert done.exit_code == 1
+    assert "one rank holds all experts" in " ".join(done.stderr.split())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from parallelism.layout import Places
+from parallelism.placement import ExpertLoad, Placement, contiguous, place
 from tests.checkpoints import tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
 from tests.gangs import Answer, Gang
@@ -26,8 +30,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> dict[str, list[int]]:
-    return Engine(checkpoint).generate(requests())
+def engine(checkpoint: Path) -> Engine:
+    return Engine(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> dict[str, list[int]]:
+    return engine.generate(requests())
+
+
+@pytest.fixture(scope="module")
+def recorded(engine: Engine, expected: dict[str, list[int]]) -> ExpertLoad:
+    calls, _ = engine.runner.expert_calls()()
+    return msgspec.structs.replace(engine.rank.nothing(), calls=tuple(map(tuple, calls)))
+
+
+def written(file: Path, placement: Placement) -> str:
+    file.write_bytes(msgspec.json.encode(placement))
+    return str(file)
+
+
+def by_hand(directory: Path, *layers: Places) -> Placement:
+    return Placement(
+        model="by hand",
+        config=hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
+        experts=8,
+        slots=8,
+        ranks_per_node=1,
+        layers=layers,
+    )
 
 
 def logprobs(id: str, prompt: list[int]) -> Request:
@@ -84,22 +115,74 @@ def test_two_engines_give_the_tokens_of_one_process(
         assert all("the engine was shut down" in why for _, why in gang.ends.values())
 
 
-@pytest.mark.slow
-def test_copies_of_experts_on_any_rank_change_no_token(
-    checkpoint: Path, expected: dict[str, list[int]]
+def assert_placed(gang: Gang, engines: int, ranks: int) -> None:
+    """Every rank computed the pairs that the engines counted for it, and these counted for every
+    expert what was chosen."""
+    gang.stop()
+    counted = [gang.loads[at].expert_calls for at in range(engines)]
+    computed = [gang.watched[at, rank].computed for at in range(engines) for rank in range(ranks)]
+    assert computed == [sum(by_rank) for by_rank in zip(*counted, strict=True)]
+    assert min(computed) > 0
+    for at in range(engines):
+        assert gang.watched[at, 0].counted == gang.watched[at, 0].chosen
+
+
+@pytest.mark.parametrize(
+    ("engines", "ranks", "redundant"),
+    [
+        (1, 2, 2),
+        (2, 1, 2),
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+        pytest.param(1, 2, 0, marks=pytest.mark.slow),
+        pytest.param(2, 1, 0, marks=pytest.mark.slow),
+        pytest.param(2, 2, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_placement_changes_no_token(
+    engines: int,
+    ranks: int,
+    redundant: int,
+    checkpoint: Path,
+    expected: dict[str, list[int]],
+    recorded: ExpertLoad,
+    tmp_path: Path,
 ) -> None:
-    """Another placement in every layer; a rank without experts in the last."""
-    layers = [((7, 3, 1), (0, 2, 4, 5, 6)), ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5, 6, 7))]
-    layers += [((*range(8),), (*range(8),)), ((*range(8),), ())]
-    with Gang(checkpoint, 2, 1, placement=tuple(layers), **CHUNKS) as gang:
-        serve(gang, 2, requests())
+    """From a file of the recorded load, with and without redundant experts; engines may have it
+    at different places."""
+    placement = place(recorded, engines * ranks, redundant)
+    assert placement.layers != contiguous(recorded, engines * ranks).layers
+    files = [written(tmp_path / f"{at}.json", placement) for at in range(engines)]
+    specs = {at: {"expert_placement": file} for at, file in enumerate(files)}
+    with Gang(checkpoint, engines, ranks, specs=specs, **(TIGHT | CHUNKS)) as gang:
+        serve(gang, engines, requests())
         tokens = {request.id: gang.answers[request.id].tokens for request in requests()}
         assert_same(checkpoint, tokens, expected)
+        assert_placed(gang, engines, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mxfp4", [False, True])
+def test_copies_of_experts_on_any_rank_change_no_token(mxfp4: bool, tmp_path: Path) -> None:
+    """Another placement in every layer; a rank without experts in the last."""
+    directory = tiny_gpt_oss(tmp_path / "model", mxfp4=mxfp4)
+    placement = by_hand(
+        directory,
+        ((1, 3, 7), (0, 2, 4, 5, 6)),
+        ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5, 6, 7)),
+        ((*range(8),), (*range(8),)),
+        ((*range(8),), ()),
+    )
+    file = written(tmp_path / "placement.json", placement)
+    with Gang(directory, 2, 1, expert_placement=file, **CHUNKS) as gang:
+        serve(gang, 2, requests())
+        tokens = {request.id: gang.answers[request.id].tokens for request in requests()}
+        assert_same(directory, tokens, Engine(directory).generate(requests()))
         pair = [logprobs(f"at {at}", requests()[1].prompt) for at in range(2)]
         for at in range(2):
             gang.submit(at, [pair[at]])
         gang.finish(pair)
         assert bits(gang.answers["at 0"]) == bits(gang.answers["at 1"])
+        assert_placed(gang, 2, 1)
 
 
 @pytest.mark.slow
@@ -169,11 +252,14 @@ def test_whichever_rank_is_lost_has_its_name_said(
 
 
 def test_other_weights_or_settings_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    other = tiny_gpt_oss(tmp_path, seed=1)
-    different = {1: {"model": str(other), "max_num_seqs": 7}}
+    other = tiny_gpt_oss(tmp_path / "other", seed=1)
+    places = by_hand(other, *[((0, 1, 2, 3), (3, 4, 5, 6, 7))] * 4)
+    file = written(tmp_path / "placement.json", places)
+    different = {1: {"model": str(other), "max_num_seqs": 7, "expert_placement": file}}
     with Gang(checkpoint, 2, 1, specs=different) as gang:
         gang.until(lambda: len(gang.ends) == 2, lost=True)
         for _, why in gang.ends.values():
             assert "differs from engine" in why
             assert "max_num_seqs is" in why
             assert "weights is" in why
+            assert "expert_placement is" in why

@@ -42,7 +42,6 @@ def test_shares_cover_everything_once(tp: int, count: int, unit: int, ep: bool) 
         assert columns == list(range(count * unit))
         assert all(at % unit == 0 for rank in ranks for at in rank.intermediate(count * unit, unit))
     assert sum(rank.adds_expert_bias for rank in ranks) == (tp if ep else 1)
-    assert sum(ranks[0].calls_by_rank([2] * count)) == 2 * count * (1 if ep else tp)
 
 
 @given(dp=st.integers(1, 6), tp=st.integers(1, 6), count=st.integers(1, 80))
@@ -56,7 +55,6 @@ def test_engines_share_the_experts_and_nothing_else(dp: int, tp: int, count: int
         alone = Layout(tp, True, rank.rank)
         assert rank.heads(tp * 2) == alone.heads(tp * 2)
         assert rank.vocabulary(count) == alone.vocabulary(count)
-    assert sum(ranks[0].calls_by_rank([1] * count)) == count
 
 
 @pytest.mark.parametrize(("tp", "kv_heads"), [(1, 8), (2, 8), (8, 8), (16, 8), (4, 1), (4, 2)])

@@ -6,15 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 import torch
 
 from deploy.tiny_oss.evaluate import held_out
 from deploy.tiny_oss.tasks import TASKS, Example
-from parallelism.placement import ExpertLoad, parse
+from parallelism.placement import ExpertLoad, parse, place
 from tests.checkpoints import oracle, tiny_gpt_oss
 from tests.engines import prompts
-from tests.service import DEADLINE, Service
+from tests.service import DEADLINE, ROOT, Service
 
 EXPERTS = ("--enable-expert-parallel", "--device", "cpu")
 
@@ -67,12 +68,16 @@ def test_32_prompts_at_once_equal_transformers(layout: tuple[str, str], tmp_path
 
 
 def test_tiny_oss_answers_rightly_under_pressure(tmp_path: Path) -> None:
-    """Chunked prefill, a pool that preempts, two ranks: the score stays what the file's is."""
+    """Chunked prefill, a pool that preempts, two ranks with copies of experts: the score stays what
+    the file's is."""
+    recorded = parse(ExpertLoad, (ROOT / "docs" / "tiny-oss-load.json").read_bytes())
+    placement = tmp_path / "placement.json"
+    placement.write_bytes(msgspec.json.encode(place(recorded, 2, 2)))
     service = Service(
         tmp_path,
         *("-tp", "2", *EXPERTS, "--max-num-batched-tokens", "96", "--max-num-seqs", "24"),
         *("--kv-cache-memory", "336KiB", "--max-model-len", "1024"),
-        *("--expert-load", str(tmp_path / "load.json")),
+        *("--expert-load", str(tmp_path / "load.json"), "--expert-placement", str(placement)),
     )
     examples = {task: held_out(task, 40) for task in TASKS}
     try:

@@ -58,6 +58,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    expert_placement: str = ""  # file of ``moeray experts --output``; empty: experts in their order
     device: Device = "auto"
     dtype: DType = "auto"
     kernels: Kernels = "auto"

@@ -51,7 +51,7 @@ class Step:
     launches: list[Launch]
     collectives: list[tuple[str, Tensor]]
     logits: Tensor
-    experts: Tensor  # expert ids [layers, T, k]
+    experts: Tensor  # their slots [layers, T, k]
 
 
 class Recorder(Group):

@@ -70,7 +70,7 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor],
         plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] without the last block's output ``delta`` [T, D] -> (x, delta, expert ids)."""
+        """x [T, D] without the last block's output ``delta`` [T, D] -> (x, delta, slots [T, k])."""
         ops = self.ops
         if delta is None:
             h = ops.rms_norm(x, self.norm.weight, self.eps)
@@ -82,12 +82,13 @@ class Block(nn.Module):
         delta = self.group.all_reduce(self.o(h))
         h, x = ops.add_rms_norm(delta, x, self.expert_norm.weight, self.eps)
         ids, weights = ops.route(self.router(h), self.k, plan.slots)
-        return x, self.exchange(self.experts, h, ids, weights), ids
+        slots = self.experts.slots(ids)
+        return x, self.exchange(self.experts, h, slots, weights), slots
 
     def assist(self, h: Tensor) -> None:
         """With no token of its own, h [0, D]: this rank's experts for the tokens of others."""
-        ids = h.new_empty(0, self.k, dtype=torch.int64)
-        self.exchange(self.experts, h, ids, h.new_empty(0, self.k, dtype=torch.float32))
+        slots = h.new_empty(0, self.k, dtype=torch.int64)
+        self.exchange(self.experts, h, slots, h.new_empty(0, self.k, dtype=torch.float32))
 
 
 class Decoder(nn.Module):
@@ -114,7 +115,8 @@ class Decoder(nn.Module):
         cache: KVCache,
         last: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [S, vocabulary] at the rows ``last`` int64 [S], and expert ids [layers, T, k].
+        """Logits [S, vocabulary] at the rows ``last`` int64 [S], and in which slots the experts
+        were that computed the tokens, int [layers, T, k].
 
         tokens, positions int64 [T]; ``plans`` by KV group. The caches take the new keys and values.
         """
@@ -124,8 +126,8 @@ class Decoder(nn.Module):
         routed = []
         for i, block in enumerate(self.blocks):
             plan = plans[cache.group_of[i]]
-            x, delta, ids = block(x, delta, rotation, cache.layer(i), plan)
-            routed.append(ids)
+            x, delta, slots = block(x, delta, rotation, cache.layer(i), plan)
+            routed.append(slots)
         assert delta is not None
         h, _ = self.ops.add_rms_norm(
             delta.index_select(0, last),

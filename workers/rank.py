@@ -24,8 +24,8 @@ from kernels.mxfp4 import BLOCK
 from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
-from parallelism.layout import Layout, Places, check
-from parallelism.placement import ExpertLoad
+from parallelism.layout import Layout, check
+from parallelism.placement import ExpertLoad, PlacementError
 from workers import weights
 from workers.architecture import Architecture, parse
 from workers.capacity import (
@@ -40,7 +40,7 @@ from workers.device import Cuda, Host
 from workers.grammar import Grammars
 from workers.kvcache import KVCache
 from workers.model import Decoder
-from workers.recording import nothing
+from workers.recording import nothing, placement
 from workers.runner import Runner, inputs_bytes
 from workers.scheduler import Scheduler
 
@@ -140,17 +140,12 @@ def kernels(
 class Rank:
     """Call ``load``, ``plan``, ``allocate`` in this order. ``spec.model`` is a directory."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        rank: int = 0,
-        engine: int = 0,
-        placement: tuple[Places, ...] | None = None,
-    ) -> None:
-        self._spec, self._placement = spec, placement
-        self._directory = Path(spec.model)
+    def __init__(self, spec: ModelSpec, rank: int = 0, engine: int = 0) -> None:
+        self._spec, self._directory = spec, Path(spec.model)
         self.architecture = arch = architecture(self._directory)
         self._layout = layout(arch, spec, rank, engine)
+        self._placement = placement(spec, arch)
+        self._layers = self._placement.layers if self._placement is not None else None
         cuda = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
         self._device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         self._dtype, self._kv_dtype = dtypes(spec)
@@ -166,7 +161,8 @@ class Rank:
     ) -> RankReport:
         """Join the other ranks, of all engines, over ``store`` and read this rank's weights.
 
-        ``progress`` hears (bytes read, of so many). Raises CheckpointError before anything is read.
+        ``progress`` hears (bytes read, of so many). Raises CheckpointError and PlacementError
+        before anything is read.
         """
         began = time.monotonic()
         arch = self.architecture
@@ -177,7 +173,7 @@ class Rank:
             aot.verify()
         grid = self._layout
         group = Group(grid.rank, grid.tp, grid.dp_rank, grid.dp)
-        place = Place(grid, group, ops, self._dtype, self._device, self._placement)
+        place = Place(grid, group, ops, self._dtype, self._device, self._layers)
         model = Decoder(arch, place)
         unused = frozenset({"lm_head.weight"}) if arch.tie_word_embeddings else frozenset()
         plan = weights.plan(model, self._directory, unused)
@@ -187,6 +183,7 @@ class Rank:
             )
             group.join(store, self._device, most, self._dtype, self._spec.batch_invariant)
         dequantise, notes = self._form_of_experts(model)
+        self._check_room(model, dequantise)
         if self._layout.rank == 0:
             self._grammars = Grammars(self._directory, arch.vocab_size, arch.eos_token_ids)
         done = 0
@@ -235,6 +232,21 @@ class Rank:
         if unpacked <= self._free() // 2:
             return True, [f"experts are dequantised at load: {sizes}"]
         return False, [f"experts stay packed and are dequantised on every use, slower ({sizes})"]
+
+    def _check_room(self, model: Decoder, dequantise: bool) -> None:
+        """Raise PlacementError where a placement puts more experts here than there is memory."""
+        blocks = [m for m in model.modules() if isinstance(m, Experts)]
+        count = sum(m.count for m in blocks)
+        if self._placement is None or not count:
+            return
+        size = sum(m.bytes(dequantise) for m in blocks)
+        others = sum(p.nbytes for p in model.parameters()) - sum(m.bytes(False) for m in blocks)
+        room = self._free() - others - (self._spec.kv_cache_memory or 0)
+        try:
+            self._placement.fit(size // count, max(0, room), self._layout.ep_rank)
+        except PlacementError as error:
+            file = self._spec.expert_placement
+            raise PlacementError(f"--expert-placement {file}: {error}") from error
 
     def _form_of_kv(self) -> str:
         """A line that says what the KV cache is made of and what a token costs in it."""
@@ -304,7 +316,7 @@ class Rank:
             "torch": str(torch.__version__),
             "config.json": hashlib.sha256(config).hexdigest()[:16],
             "weights": weights.fingerprint(self._directory),
-            "placement": hashlib.sha256(repr(self._placement).encode()).hexdigest()[:16],
+            "expert_placement": hashlib.sha256(repr(self._layers).encode()).hexdigest()[:16],
         }
 
     @property
@@ -332,15 +344,14 @@ class Rank:
         assert self._model is not None, "load first"
         arch = self.architecture
         blocks = [m for m in self._model.modules() if isinstance(m, Experts)]
-        held = sum(t.nbytes for m in blocks for t in (*m.matrices, m.b13, m.b2))
-        first, last = self._layout.experts(arch.num_experts)
+        size = sum(t.nbytes for m in blocks for t in (*m.matrices, m.b13, m.b2))
         cuts = 1 if self._spec.enable_expert_parallel else self._spec.tensor_parallel_size
         return nothing(
             self._directory,
             self._spec.served_model_name or self._directory.name,
             arch.num_layers,
             arch.num_experts,
-            held * cuts // (arch.num_layers * (last - first)),
+            size * cuts // max(1, sum(m.count for m in blocks)),
         )
 
     def allocate(self, plan: Capacity) -> Runner:

@@ -1,4 +1,4 @@
-"""The file of ``--expert-load``: tokens that every expert got, in all services that wrote it."""
+"""Files of experts: the load that services recorded, and the placement that they serve by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,30 @@ from pathlib import Path
 
 import msgspec
 
-from parallelism.placement import ExpertLoad, PlacementError, parse
+from parallelism.placement import ExpertLoad, Placement, PlacementError, parse
+from workers.architecture import Architecture
+from workers.config import ModelSpec
+
+
+def placement(spec: ModelSpec, architecture: Architecture) -> Placement | None:
+    """Of ``spec.expert_placement``, for the model in the directory ``spec.model``; None: there is
+    none. Raises PlacementError."""
+    if not spec.expert_placement:
+        return None
+    ranks = spec.data_parallel_size * spec.tensor_parallel_size
+    try:
+        if ranks == 1:
+            raise PlacementError(
+                "one rank holds all experts; a placement needs more: give --tensor-parallel-size"
+            )
+        if not spec.enable_expert_parallel:
+            raise PlacementError("it places whole experts: add --enable-expert-parallel")
+        found = parse(Placement, Path(spec.expert_placement).read_bytes())
+        shape = architecture.num_layers, architecture.num_experts
+        found.check(_config(Path(spec.model)), *shape, ranks)
+    except (OSError, PlacementError) as error:
+        raise PlacementError(f"--expert-placement {spec.expert_placement}: {error}") from error
+    return found
 
 
 def nothing(
@@ -18,7 +41,7 @@ def nothing(
     """Of a checkpoint that has served no token yet; its ``model`` is a name for people."""
     return ExpertLoad(
         model=model,
-        config=hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
+        config=_config(directory),
         expert_bytes=expert_bytes,
         calls=((0,) * experts,) * layers,
     )
@@ -51,3 +74,8 @@ class Recording:
         beside = self._file.with_name(f"{self._file.name}.{os.getpid()}")
         beside.write_bytes(msgspec.json.encode(self._before.plus(since)))
         beside.replace(self._file)
+
+
+def _config(directory: Path) -> str:
+    """What tells models apart: the SHA-256 of config.json."""
+    return hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()

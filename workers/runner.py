@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.dispatch import Plan
 from kernels.reference import Rows
 from parallelism.exchange import STATIC
+from parallelism.experts import Experts
 from parallelism.layers import Place
 from workers.config import KVGroup, SchedulerConfig
 from workers.device import Device
@@ -79,7 +80,7 @@ class Runner:
         grammars: Grammars | None = None,
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
-        self._group, self._layout, self._config = place.group, place.layout, config
+        self._group, self._world, self._config = place.group, place.layout.world, config
         slots = config.max_num_seqs
         self._sampler = Sampler(slots, config.eos_token_ids, model.ops, device.send, grammars)
         self._joined = np.zeros(slots, bool)
@@ -91,10 +92,11 @@ class Runner:
         self._last = torch.zeros(slots, dtype=torch.int64, device=cache.arena.device)
         self._graphs: dict[Hashable, Callable[[], None]] = {}
         self._logits: Tensor | None = None  # of the graphs
-        arch = model.arch
-        # (token, expert) pairs since the start; the last column is padding's.
+        self._experts = [m.slots for m in model.modules() if isinstance(m, Experts)]  # by layer
+        most = max(map(len, self._experts))
+        # (token, expert) pairs since the start, by slot; the last column is padding's.
         self._calls = torch.zeros(
-            arch.num_layers, arch.num_experts + 1, dtype=torch.int64, device=cache.arena.device
+            len(self._experts), most + 1, dtype=torch.int64, device=cache.arena.device
         )
         if place.layout.dp > 1:
             slots = min(slots, STATIC)  # beyond, the host waits for how many rows there are
@@ -161,8 +163,12 @@ class Runner:
         fetched = self._device.fetch(self._calls)
 
         def read() -> tuple[list[list[int]], list[list[int]]]:
-            calls: list[list[int]] = fetched()[:, :-1].tolist()
-            return calls, [self._layout.calls_by_rank(layer) for layer in calls]
+            counted: list[list[int]] = fetched()[:, :-1].tolist()
+            layers = zip(self._experts, counted, strict=True)
+            folded = [slots.fold(pairs) for slots, pairs in layers]
+            # Where experts are cut, every rank computes its part of every pair.
+            times = self._world // len(self._experts[0].held)
+            return [calls for calls, _ in folded], [by_rank * times for _, by_rank in folded]
 
         return read
 
@@ -226,13 +232,13 @@ class Runner:
         return step
 
     def compute(self, step: Step) -> Tensor:
-        """Logits [S, vocabulary] on the device, where the tokens of every expert are counted."""
+        """Logits [S, vocabulary] on the device, where the tokens of every slot are counted."""
         tokens = torch.where(step.tokens < 0, self._last[step.slots], step.tokens)
         logits: Tensor
-        logits, experts = self._model(tokens, step.positions, step.plans, self._cache, step.last)
-        ids = experts.flatten(1).long()
-        ids = torch.where(ids < 0, self._calls.shape[1] - 1, ids)  # padding
-        self._calls.scatter_add_(1, ids, torch.ones_like(ids))
+        logits, routed = self._model(tokens, step.positions, step.plans, self._cache, step.last)
+        slots = routed.flatten(1).long()
+        slots = torch.where(slots < 0, self._calls.shape[1] - 1, slots)  # padding
+        self._calls.scatter_add_(1, slots, torch.ones_like(slots))
         return logits
 
     @torch.inference_mode()
