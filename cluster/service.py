@@ -35,7 +35,7 @@ import psutil
 from cluster import haproxy, keys
 from cluster.store import Store
 from workers import hub
-from workers.architecture import parse
+from workers.architecture import layout, parse
 from workers.config import ModelSpec, ServiceConfig
 from workers.recording import Recording, nothing, placement
 
@@ -138,6 +138,7 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
         Path(model.model).name if model.model else directory.name.replace("_", "-")
     )
     model = msgspec.structs.replace(model, model=str(directory), served_model_name=name)
+    layout(architecture, model)
     placement(model, architecture)
     if config.expert_load and config.address is None:
         shape = architecture.num_layers, architecture.num_experts

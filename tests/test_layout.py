@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.mxfp4 import BLOCK
 from parallelism.layout import Layout, LayoutError, check
 from parallelism.shard import Slice
+from workers.architecture import MXFP4_BLOCK
 
 GPT_OSS_20B = {
     "heads": 64,
@@ -108,3 +110,7 @@ def test_runs_are_the_bytes_of_the_slice(data: st.DataObject) -> None:
         starts = [start + at * stride for start in starts for at in range(count)]
     flat = whole.tobytes()
     assert b"".join(flat[start : start + length] for start in starts) == expected
+
+
+def test_experts_are_cut_between_blocks() -> None:
+    assert MXFP4_BLOCK == BLOCK

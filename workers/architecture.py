@@ -8,7 +8,10 @@ from typing import Any
 
 import msgspec
 
-from workers.config import KVGroup
+from parallelism.layout import Layout, check
+from workers.config import KVGroup, ModelSpec
+
+MXFP4_BLOCK = 32  # values with one scale: what lies between cuts of an expert
 
 
 class UnsupportedModel(ValueError):
@@ -177,3 +180,24 @@ def parse(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
         # Ids outside the vocabulary (transformers' defaults in tiny checkpoints) never occur.
         eos_token_ids=tuple(int(i) for i in eos_ids if 0 <= int(i) < vocab),
     )
+
+
+def layout(arch: Architecture, spec: ModelSpec, rank: int = 0, engine: int = 0) -> Layout:
+    """Of one rank of an engine. Raises LayoutError where the model cannot be cut so."""
+    layout = Layout(
+        spec.tensor_parallel_size,
+        spec.enable_expert_parallel,
+        rank,
+        spec.data_parallel_size,
+        engine,
+    )
+    check(
+        layout,
+        heads=arch.num_heads,
+        kv_heads=arch.num_kv_heads,
+        experts=arch.num_experts,
+        intermediate=arch.intermediate_size,
+        unit=MXFP4_BLOCK if arch.mxfp4 else 1,
+        vocabulary=arch.vocab_size,
+    )
+    return layout

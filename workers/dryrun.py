@@ -30,7 +30,7 @@ from parallelism.layers import Place
 from parallelism.layout import Layout
 from workers import hub
 from workers import rank as ranks
-from workers.architecture import Architecture, Yarn, parse
+from workers.architecture import Architecture, Yarn, layout, parse
 from workers.capacity import default_batched_tokens
 from workers.config import KVConfig, ModelSpec
 from workers.kvcache import KVCache
@@ -83,26 +83,26 @@ class Dry:
 
     def __init__(self, architecture: Architecture, spec: ModelSpec, arch: int, rank: int) -> None:
         self.architecture, self._spec = architecture, spec
-        layout = ranks.layout(architecture, spec, rank)
-        self.group = Recorder(rank, layout.tp)
+        grid = layout(architecture, spec, rank)
+        self.group = Recorder(rank, grid.tp)
         self._mode = FakeTensorMode()
-        ops = ranks.kernels(architecture, layout, spec, CUDA, arch)
+        ops = ranks.kernels(architecture, grid, spec, CUDA, arch)
         ops = replace(ops, pack=_one(ops.pack))
         dtype, _ = ranks.dtypes(spec)
-        self._place = Place(layout, self.group, ops, dtype, CUDA)
+        self._place = Place(grid, self.group, ops, dtype, CUDA)
         with self._mode, _Reads(lambda name: 0):
             self.model = Decoder(architecture, self._place)
             self.stored_bytes = sum(p.nbytes for p in self.model.parameters())
             _materialise(self.model)
-            self.cache = self._kv_cache(layout)
+            self.cache = self._kv_cache(grid)
 
-    def _kv_cache(self, layout: Layout) -> KVCache:
+    def _kv_cache(self, grid: Layout) -> KVCache:
         """Large enough for any step of ``steps``; a fake tensor takes no room."""
         arch, spec = self.architecture, self._spec
         _, dtype = ranks.dtypes(spec)
-        groups = arch.kv_groups(spec.block_size, layout.tp, dtype.itemsize)
+        groups = arch.kv_groups(spec.block_size, grid.tp, dtype.itemsize)
         blocks = -(-arch.max_position // spec.block_size) + spec.max_num_seqs
-        first, last = layout.heads(arch.num_kv_heads)
+        first, last = grid.heads(arch.num_kv_heads)
         config = KVConfig(groups, blocks, spec.block_size)
         return KVCache(config, last - first, arch.head_dim, dtype, CUDA)
 

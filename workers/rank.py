@@ -20,14 +20,13 @@ import torch
 from torch.distributed import Store
 
 from kernels.dispatch import Ops, Shapes, choose
-from kernels.mxfp4 import BLOCK
 from parallelism.experts import Experts
 from parallelism.group import Group
 from parallelism.layers import Place
-from parallelism.layout import Layout, check
+from parallelism.layout import Layout
 from parallelism.placement import ExpertLoad, PlacementError
 from workers import weights
-from workers.architecture import Architecture, parse
+from workers.architecture import Architecture, layout, parse
 from workers.capacity import (
     Capacity,
     capacity,
@@ -100,27 +99,6 @@ def dtypes(spec: ModelSpec) -> tuple[torch.dtype, torch.dtype]:
     """Of activations, and of keys and values."""
     dtype = DTYPES[spec.dtype]
     return dtype, torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else dtype
-
-
-def layout(arch: Architecture, spec: ModelSpec, rank: int, engine: int = 0) -> Layout:
-    """Of one rank of an engine. Raises LayoutError where the model cannot be cut so."""
-    layout = Layout(
-        spec.tensor_parallel_size,
-        spec.enable_expert_parallel,
-        rank,
-        spec.data_parallel_size,
-        engine,
-    )
-    check(
-        layout,
-        heads=arch.num_heads,
-        kv_heads=arch.num_kv_heads,
-        experts=arch.num_experts,
-        intermediate=arch.intermediate_size,
-        unit=BLOCK if arch.mxfp4 else 1,
-        vocabulary=arch.vocab_size,
-    )
-    return layout
 
 
 def kernels(
