@@ -180,7 +180,8 @@ def serve(
         typer.Option(
             metavar="FILE",
             help="Count the tokens of every expert into FILE, for `moeray experts`; what it holds "
-            "is added to. Written every minute and at the end, on the node of rank 0.",
+            "is added to. Written every minute and at the end, on the node of rank 0. Engine 1 of "
+            "--data-parallel-size has FILE with .1 before its ending, and so on.",
         ),
     ] = "",
     max_concurrent_requests: Annotated[

@@ -35,11 +35,16 @@ class Nodes:
             stderr=subprocess.DEVNULL,  # Ray tells at length of nodes that are killed
             text=True,
         )
-        found = self._listen()
-        self.address: str = found["address"]
-        self.raylets: list[int] = found["raylets"]  # process ids
+        self.address = ""
+        self.raylets: list[int] = []  # process ids
 
     def __enter__(self) -> Nodes:
+        try:
+            found = self._listen()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.address, self.raylets = found["address"], found["raylets"]
         return self
 
     def __exit__(self, *exc: object) -> None:

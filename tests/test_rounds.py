@@ -278,6 +278,30 @@ def test_an_engine_that_stops_helps_the_others_to_their_end() -> None:
             assert loop.failure == "the engine was shut down"
 
 
+class Slow(Rounded):
+    """Still in a round when others have left it; fails if the group ends meanwhile."""
+
+    def launch(self, batch: Batch) -> int:
+        handle = super().launch(batch)
+        time.sleep(0.3)
+        if self._meeting.barrier.broken:
+            raise RuntimeError("a collective was aborted")
+        return handle
+
+
+def test_the_end_may_come_amid_the_last_round_of_an_engine_that_has_stopped() -> None:
+    with Group() as group:
+        group.loops[1]._runner = group.loops[1]._steps._runner = Slow(group.meeting, 1, 1)
+        for engine in (1, 2):
+            group.loops[engine].stop(timeout=0)
+        group.loops[0].submit(request("r", tokens=5))
+        assert group.published[0].end("r").reason == "length"
+        group.loops[0].stop()
+        for loop in group.loops:
+            assert loop._over.wait(DEADLINE)
+            assert loop.failure == "the engine was shut down"
+
+
 def test_a_step_that_fails_names_its_rank_everywhere() -> None:
     with Group() as group:
 

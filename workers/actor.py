@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # these import torch
 MEET = 120.0  # seconds for the ranks to start and find each other
 LOAD = 3600.0  # seconds for the weights, and again for memory and graphs
 PING = 10.0  # seconds a rank has to answer
-STOP = 600.0  # seconds that other engines may take to end, at most; Serve's own patience is shorter
+STOP = 600.0  # seconds that the other engines of a gang may take to end; Serve's are fewer
 POLL = 0.2  # seconds between two looks for an actor of another replica
 LEASE = 86400.0  # seconds of a request without a deadline
 RECORD = 60.0  # seconds between two writings of the experts' load
@@ -106,6 +106,8 @@ class RankActor:
 
     async def meet(self, host: str) -> Meeting:
         """Rank 0 of engine 0: where the others find it. ``host`` empty: the node's own address."""
+        if self._meeting is not None:  # it may be loading: then it waits for who asks this
+            return self._meeting
 
         def listen() -> Meeting:
             from torch.distributed import TCPStore
@@ -254,7 +256,7 @@ class RankActor:
         Where engines share experts, this returns when all of them have been stopped.
         """
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop, STOP)
+            await asyncio.to_thread(self._engine.stop, _patience(self._spec))
             self._stopping.set()
             if self._recorder is not None:
                 await self._recorder
@@ -268,12 +270,13 @@ class EngineReplica:
 
     Engines that share experts are a gang, with one placement group. ``host`` is where an engine's
     channels listen; empty: the node's own address. ``interval`` tokens of a request are sent
-    together. ``expert_load`` is a file of rank 0's node, or empty; every replica has its own.
+    together. ``expert_load`` is a file of rank 0's node, or empty; each engine has its own.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, spec: ModelSpec, service: str, key: bytes, host: str, interval: int, expert_load: str
     ) -> None:
+        self._spec = spec
         self._ranks: list[Any] = []
         try:
             await self._start(spec, service, key, host, interval, expert_load)
@@ -317,7 +320,7 @@ class EngineReplica:
             replica = context.replica_id.unique_id
             self._engine = Engine(service, spec.served_model_name, replica, number)
             self._epoch = time.time_ns() // 1_000_000
-            file = numbered(expert_load, context.rank.rank)
+            file = numbered(expert_load, number)
             start = self._capacity, self._engine, self._epoch, interval, file
             addresses = await asyncio.gather(*[rank.start.remote(*start) for rank in self._ranks])
             self._address = addresses[0]
@@ -363,10 +366,16 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Serve calls this after draining."""
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(STOP):
+            async with asyncio.timeout(_patience(self._spec)):
                 await self._ranks[0].stop.remote()
         for rank in self._ranks:
             ray.kill(rank)
+
+
+def _patience(spec: ModelSpec) -> float:
+    """Seconds that an engine may take to stop: one of a gang waits for the others; one that is
+    alone and does not answer must free its devices for the next."""
+    return STOP if spec.data_parallel_size > 1 else PING
 
 
 def _address(host: str) -> str:

@@ -273,7 +273,7 @@ class EngineLoop:
                 self._assist(round)  # made before the others knew of this call
 
     def _retire(self, member: Member) -> None:
-        """Take part in the others' rounds until the group ends."""
+        """Take part in the others' rounds until the group ends, perhaps amid the last of them."""
         member.retire()
         try:
             while True:
@@ -281,7 +281,9 @@ class EngineLoop:
                     self._assist(round)
                 else:
                     self._tell(None)
-        except RoundLost as over:
+        except Exception as error:
+            if not isinstance(over := member.explain(error), RoundLost):
+                raise
             log.info("%s", over)
 
     def _assist(self, round: Round) -> None:

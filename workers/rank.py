@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 import torch
-from torch.distributed import Store
+from torch.distributed import DistStoreError, Store
 
 from kernels.dispatch import Ops, Shapes, choose
 from parallelism.experts import Experts
@@ -46,7 +46,8 @@ from workers.scheduler import Scheduler
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-LOAD = timedelta(hours=1)  # for the weights of the slowest rank
+LOAD = 3600.0  # seconds for the weights of the slowest rank
+SLICE = timedelta(seconds=2)  # of a wait that ``abort`` can end
 SHARED = (  # fields of a ModelSpec on which the exchanges, or a token's bits, depend
     "tensor_parallel_size",
     "data_parallel_size",
@@ -133,6 +134,7 @@ class Rank:
         self._place: Place | None = None
         self._model: Decoder | None = None
         self._store: Store | None = None  # of all ranks
+        self._aborted = False
 
     def load(
         self, store: Store | None, progress: Callable[[int, int], None] = lambda done, of: None
@@ -195,8 +197,14 @@ class Rank:
             return [value]
         self._store.set(f"{what} {self._layout.ep_rank}", str(value))
         everybody = [f"{what} {rank}" for rank in range(self._layout.world)]
-        self._store.wait(everybody, LOAD)
-        return [int(self._store.get(name)) for name in everybody]
+        end = time.monotonic() + LOAD
+        while True:
+            try:
+                self._store.wait(everybody, SLICE)
+                return [int(self._store.get(name)) for name in everybody]
+            except DistStoreError:
+                if self._aborted or time.monotonic() > end:
+                    raise
 
     def _form_of_experts(self, model: Decoder) -> tuple[bool, list[str]]:
         """Whether to dequantise MXFP4 experts at load, and a line that says what that costs."""
@@ -303,7 +311,8 @@ class Rank:
         return 0 if self._place is None else self._place.group.progress
 
     def abort(self) -> None:
-        """Let no collective hold this process; nothing runs here afterwards."""
+        """Let no wait for other ranks hold this process; nothing runs here afterwards."""
+        self._aborted = True
         if self._place is not None:
             self._place.group.abort()
 

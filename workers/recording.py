@@ -47,10 +47,10 @@ def nothing(
     )
 
 
-def numbered(file: str, replica: int) -> str:
-    """Every replica's own file: load.json, load.1.json, load.2.json."""
+def numbered(file: str, engine: int) -> str:
+    """Every engine's own file: load.json, load.1.json, load.2.json."""
     path = Path(file)
-    return str(path.with_suffix(f".{replica}{path.suffix}")) if file and replica else file
+    return str(path.with_suffix(f".{engine}{path.suffix}")) if file and engine else file
 
 
 class Recording:
