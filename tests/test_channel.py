@@ -16,7 +16,7 @@ from workers.wire import Engine, FinishReason, Load, Logprobs, Output, Request, 
 KEY = b"the key of this service"
 ENGINE = Engine("s", "m", "replica")
 EPOCH = 7
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -162,7 +162,7 @@ def test_a_step_is_one_frame_for_each_ingress() -> None:
             fake.server.publish([Output(f"r{n}", 0, 0, [n]) for n in range(3)], Load(running=1))
             await client.until(lambda: len(client.outputs) == 3)
             assert frames == [3]
-            assert client.loads[-1].running == 1
+            assert 1 in {load.running for load in client.loads}
             await client.until(lambda: client.loads[-1].running == 3)  # the heartbeat's
             fake.server.publish([Output("r0", 0, 1, [9], "stop"), Output("r0", 0, 2, [8])])
             await client.until(lambda: client.outputs["r0"][-1].reason == "stop")

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from cluster.keys import sha256
 from tests.front import head
-from tests.service import DEADLINE, ROOT, Service, free_port
+from tests.service import DEADLINE, ROOT, START, Service, folders, free_port, told
 from workers.hub import BUNDLED
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -484,7 +484,8 @@ def test_a_killed_ingress_is_replaced_and_what_comes_meanwhile_gets_a_typed_answ
     service: Service,
 ) -> None:
     family = service.family()
-    (ingress,) = [p for p in family if p.cmdline()[:1] == ["ray::ServeReplica:moeray:ingress"]]
+    lines = told(family, lambda p: (p, p.cmdline()[:1]))
+    (ingress,) = [p for p, line in lines if line == ["ray::ServeReplica:moeray:ingress"]]
     ingress.kill()
     statuses: list[int] = []
 
@@ -501,7 +502,7 @@ def test_a_killed_ingress_is_replaced_and_what_comes_meanwhile_gets_a_typed_answ
 
     service.until(answered)
     assert {*statuses} <= {200, 503}
-    service.until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
+    service.until(lambda: httpx.get(f"{service.url}/ready", timeout=DEADLINE).status_code == 200)
 
 
 def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> None:
@@ -528,9 +529,12 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
         assert "without HAProxy" in service.said()
         driver = psutil.Process(service.process.pid)
         family = service.family()
-        assert not [p for p in [driver, *family] if "sesame" in " ".join(p.cmdline())]
-        assert not [p for p in family if "sesame" in str(p.environ())]
-        (home,) = {Path(p.cwd()).parent for p in family if "moeray-" in p.cwd()}
+        commands = told([driver, *family], psutil.Process.cmdline)
+        assert not [command for command in commands if "sesame" in " ".join(command)]
+        environments = told(family, psutil.Process.environ)
+        assert environments
+        assert not [each for each in environments if "sesame" in str(each)]
+        (home,) = {cwd.parent for cwd in folders(family) if "moeray-" in str(cwd)}
         written = [path for path in home.rglob("*") if path.is_file()]
         assert written
         assert not [path for path in written if b"sesame" in path.read_bytes()]
@@ -565,7 +569,7 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path, flags: list[str], says: str) -> None:
     service = Service(tmp_path, "--device", "cpu", *flags)
     try:
-        assert service.process.wait(DEADLINE) == 1
+        assert service.process.wait(START) == 1
     finally:
         service.stop()
     assert says in service.said()
