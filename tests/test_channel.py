@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -300,6 +301,7 @@ def test_a_vanished_ingress_frees_its_requests(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_ingress_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "MAX_BACKLOG", 1 << 16)
+    monkeypatch.setattr(channel, "SILENCE", 2 * DEADLINE)  # that is not why
 
     async def work() -> None:
         async with serving() as fake, connected(fake) as other:
@@ -311,6 +313,9 @@ def test_an_ingress_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatc
             writer.write(encode(Submit(request("slow"))))
             other.link.submit(request("other"), other.receive)
             await fake.until(lambda: len(fake.requests) == 2)
+            ends = (writer, socket.SO_RCVBUF), (fake.server._writers["slow"], socket.SO_SNDBUF)
+            for end, buffer in ends:  # the kernel's, else it takes megabytes
+                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, buffer, 4096)
             offset = 0
             while "slow" in fake.server._writers:
                 fake.server.publish([Output("slow", 0, offset, [1] * 10_000)])
