@@ -41,7 +41,8 @@ from workers.recording import Recording, nothing
 
 ROOT = Path(__file__).parents[1]  # the folder of moeray.py
 DRAIN = 300.0  # seconds that requests have to end after SIGTERM
-READY = 60.0  # seconds from deployed to answering
+NODE = 120.0  # seconds for each of Ray's own processes to start; ten are usual for all
+READY = 120.0  # seconds from deployed to answering
 POLL = 0.1
 EVERYONE = 1 << 20  # the engine's scheduler queues, not Serve
 PING_TIMEOUT = 15.0
@@ -252,6 +253,10 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # On a busy machine Ray would give up, or start a proxy again and again.
+        "RAY_gcs_server_port_wait_time_s": str(int(NODE)),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(NODE),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(2 * PING_TIMEOUT),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(spare_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(spare_grpc),
     }
@@ -263,6 +268,7 @@ def _environment(home: Path) -> dict[str, str]:
         "METRICS_PORT": str(metrics),
         "STATS_PORT": str(stats),
         "HARD_STOP_AFTER_S": str(int(DRAIN)),
+        "STARTUP_TIMEOUT_S": str(int(NODE)),
     }
     found |= {f"RAY_SERVE_HAPROXY_{name}": value for name, value in own.items()}
     return found | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
@@ -282,16 +288,42 @@ def _start_ray(config: ServiceConfig, home: Path) -> None:
         if config.address is not None:
             ray.init(address=config.address, **quiet)
         else:
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",
-                include_dashboard=False,
-                object_store_memory=STORE,
-                _temp_dir=str(home / "ray"),
-                **quiet,
-            )
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+            with _patience():
+                ray.init(
+                    address="local",
+                    _node_ip_address="127.0.0.1",
+                    include_dashboard=False,
+                    object_store_memory=STORE,
+                    _temp_dir=str(home / "ray"),
+                    **quiet,
+                )
+    except Exception as error:  # Ray raises Exception itself where its node is late
         raise StartupError(f"Ray does not start: {error}") from error
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Ray waits 30 s for its node, and has no setting for it: three are usual, but a machine that
+    is busy may take ten times as long."""
+    from ray._private import services
+
+    get_node = services.get_node
+
+    def wait(*which: Any) -> Any:
+        end = time.monotonic() + NODE
+        while True:
+            try:
+                return get_node(*which)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(POLL)
+
+    services.get_node = wait
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 def _run(
