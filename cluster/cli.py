@@ -93,7 +93,13 @@ def serve(
         int,
         typer.Option("--tensor-parallel-size", "-tp", help="Ranks over which to shard the model."),
     ] = 1,
-    data_parallel_size: Annotated[int, typer.Option(help="Not yet above 1.")] = 1,
+    data_parallel_size: Annotated[
+        int,
+        typer.Option(
+            help="Engines of so many ranks each, which share the experts: needs "
+            "--enable-expert-parallel."
+        ),
+    ] = 1,
     enable_expert_parallel: Annotated[
         bool,
         typer.Option(
@@ -198,7 +204,6 @@ def serve(
     -d '{"messages": [{"role": "user", "content": "What is 17 + 25?"}]}'`
     """
     refuse(
-        data_parallel_size=data_parallel_size != 1,
         replicas=replicas != 1,
         autoscale=autoscale,
         config=config,
@@ -209,6 +214,7 @@ def serve(
         model=model,
         served_model_name=served_model_name,
         tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
         device=device,
         dtype=dtype,
@@ -405,24 +411,27 @@ def _api_keys() -> tuple[ApiKey, ...]:
 
 def _ready(url: str, engines: list[dict[str, Any]]) -> None:
     """What was loaded, where the memory goes, and the URL."""
-    for engine in engines:
+    lines: list[str] = []
+    for number, engine in enumerate(engines):
+        of = f"engine {number}, " if len(engines) > 1 else ""
         for rank in engine["ranks"]:
             say.print(
-                f"rank {rank['rank']}: pid {rank['pid']} on {rank['node']}, {rank['device']}, "
+                f"{of}rank {rank['rank']}: pid {rank['pid']} on {rank['node']}, {rank['device']}, "
                 f"{rank['threads']} threads, weights {show_size(rank['weight_bytes'])} in "
                 f"{rank['seconds']:.1f} s"
             )
-        for note in engine["ranks"][0]["notes"]:
-            say.print(note)
-        say.print(
+        lines += engine["ranks"][0]["notes"]
+        lines.append(
             f"KV cache: {show_size(engine['kv_bytes'])} on each rank, "
             f"{engine['kv_blocks']:,} blocks; one sequence alone could have "
             f"{engine['kv_tokens']:,} tokens; sequences of {engine['max_model_len']:,} tokens at "
             f"once: {engine['concurrency']:.1f}"
         )
         if engine["reduced"]:
-            say.print(
+            lines.append(
                 f"The model length is {engine['max_model_len']:,}, less than the model's own: give "
                 "more --kv-cache-memory for longer sequences"
             )
+    for line in dict.fromkeys(lines):  # engines of one kind say the same
+        say.print(line)
     print(f"moeray is ready at {url}", flush=True)

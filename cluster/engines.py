@@ -90,11 +90,9 @@ class Engines:
         return [(engine, peer.belief.load) for engine, peer in self._peers.items()]
 
     def about(self) -> list[dict[str, Any]]:
-        """What each engine's replica says of it, and its load."""
-        return [
-            peer.about | {"load": msgspec.to_builtins(peer.belief.load)}
-            for peer in self._peers.values()
-        ]
+        """What each engine's replica says of it, and its load; in the order of their ranks."""
+        peers = sorted(self._peers.items(), key=lambda peer: (peer[0].model, peer[0].dp_rank))
+        return [peer.about | {"load": msgspec.to_builtins(peer.belief.load)} for _, peer in peers]
 
     def unready(self) -> str:
         """Why no engine makes progress; empty if one does."""

@@ -122,8 +122,6 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
     if len(config.models) != 1:
         raise StartupError(f"{len(config.models)} models are asked for; one is available so far")
     model = config.models[0]
-    if model.data_parallel_size != 1:
-        raise StartupError("data_parallel_size above 1 is not available yet")
     if config.api_key_file:
         keys.read(config.api_key_file, config.api_keys)
     if config.response_store:
@@ -170,14 +168,15 @@ def _check_port(host: str, port: int) -> None:
 
 def _place(spec: ModelSpec, resources: dict[str, float]) -> ModelSpec:
     """With the device settled, so that Ray can be asked for it."""
-    world, gpus = spec.tensor_parallel_size, int(resources.get("GPU", 0))
+    gpus, world = int(resources.get("GPU", 0)), spec.data_parallel_size * spec.tensor_parallel_size
     device = spec.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     if device == "cuda" and gpus < world:
         raise StartupError(
-            f"--tensor-parallel-size {world} needs {world} GPUs, Ray sees {gpus}: lower it, or "
-            "give --device cpu"
+            f"--data-parallel-size {spec.data_parallel_size} x --tensor-parallel-size "
+            f"{spec.tensor_parallel_size} needs {world} GPUs, Ray sees {gpus}: lower them, or give "
+            "--device cpu"
         )
     return msgspec.structs.replace(spec, device=device)
 
@@ -359,7 +358,8 @@ def _run(
         _wait_until_deployed(config.name, stop)
         url = _url(config)
         if not stop.is_set():
-            on_ready(url, _wait_until_ready(url, own, stop))
+            engines = config.replicas * spec.data_parallel_size
+            on_ready(url, _wait_until_ready(url, own, engines, stop))
         stop.wait()
         _drain(config.name, hurry)
     except RayError as error:
@@ -393,13 +393,16 @@ def _store(path: str) -> Any:
 
 def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int, store: Any) -> Any:
     from ray import serve as ray_serve
-    from ray.serve.config import RequestRouterConfig
+    from ray.serve.config import GangSchedulingConfig, RequestRouterConfig
 
     from cluster.app import IngressReplica
     from workers.actor import EngineReplica
 
     key = secrets.token_bytes(32)
-    bundle = {"CPU": 0.1} | ({"GPU": 1} if spec.device == "cuda" else {})
+    ranks, engines_together = spec.tensor_parallel_size, spec.data_parallel_size
+    # One bundle for each engine: its ranks are on one node.
+    bundle = {"CPU": 0.1 * ranks} | ({"GPU": ranks} if spec.device == "cuda" else {})
+    gang = GangSchedulingConfig(gang_size=engines_together) if engines_together > 1 else None
     both = {
         "max_ongoing_requests": EVERYONE,
         "health_check_period_s": 1,
@@ -413,9 +416,9 @@ def _application(config: ServiceConfig, spec: ModelSpec, vocab_size: int, store:
         ray_serve.deployment(EngineReplica)
         .options(
             name="engine",
-            num_replicas=config.replicas,
-            placement_group_bundles=[bundle] * spec.tensor_parallel_size,
-            placement_group_strategy="STRICT_PACK",
+            num_replicas=config.replicas * engines_together,
+            placement_group_bundles=[bundle],
+            gang_scheduling_config=gang,
             request_router_config=RequestRouterConfig(
                 request_router_class="cluster.pick:PickReplica"
             ),
@@ -481,16 +484,19 @@ def _url(config: ServiceConfig) -> str:
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 
-def _wait_until_ready(url: str, api_key: str, stop: threading.Event) -> list[dict[str, Any]]:
-    """The engines, once one is connected and the proxy answers."""
+def _wait_until_ready(
+    url: str, api_key: str, engines: int, stop: threading.Event
+) -> list[dict[str, Any]]:
+    """What the engines say of themselves, once all are connected and the proxy answers."""
     end = time.monotonic() + READY
-    why: object = "no engine is connected"
+    why: object = ""
     while not stop.wait(POLL):
         try:
             found = status(url, api_key)
-            if found["ready"]:
-                engines: list[dict[str, Any]] = found["engines"]
-                return engines
+            connected: list[dict[str, Any]] = found["engines"]
+            if found["ready"] and len(connected) == engines:
+                return connected
+            why = f"{len(connected)} of {engines} engines are connected"
         except (OSError, ValueError, KeyError) as error:
             why = error
         if time.monotonic() > end:

@@ -134,9 +134,11 @@ class Gang:
             answer.logprobs += output.logprobs or ()
             answer.reason, answer.detail = output.reason, output.detail
 
-    def stop(self, engine: int = 0) -> None:
-        """Shut an engine down; wait until every rank has ended."""
-        self._pipes[engine, 0].send(None)
+    def stop(self) -> None:
+        """Shut all engines down; wait until every rank has ended."""
+        for (_, rank), pipe in self._pipes.items():
+            if rank == 0:
+                pipe.send(None)
         self.until(lambda: len(self.ends) == len(self.processes), lost=True)
 
     def signal(self, engine: int, rank: int, number: signal.Signals) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 import torch
 
 from deploy.tiny_oss.evaluate import held_out
@@ -15,17 +16,20 @@ from tests.checkpoints import oracle, tiny_gpt_oss
 from tests.engines import prompts
 from tests.service import DEADLINE, Service
 
-TWO_RANKS = ("-tp", "2", "--enable-expert-parallel", "--device", "cpu")
+EXPERTS = ("--enable-expert-parallel", "--device", "cpu")
 
 
-def test_32_prompts_at_once_equal_transformers(tmp_path: Path) -> None:
-    """In fp32, through a KV pool that forces preemption."""
+@pytest.mark.parametrize(
+    "layout", [("-tp", "2"), ("--data-parallel-size", "2")], ids=["two ranks", "two engines"]
+)
+def test_32_prompts_at_once_equal_transformers(layout: tuple[str, str], tmp_path: Path) -> None:
+    """In fp32, through a KV pool that forces preemption; every rank holds half of the experts."""
     directory = tiny_gpt_oss(tmp_path / "tiny", mxfp4=True, shards=2)
     asked = prompts(32, longest=60)
     model = oracle(directory)
     service = Service(
         tmp_path,
-        *(str(directory), *TWO_RANKS, "--dtype", "float32", "--served-model-name", "tiny"),
+        *(str(directory), *layout, *EXPERTS, "--dtype", "float32", "--served-model-name", "tiny"),
         *("--kv-cache-memory", "200KiB", "--block-size", "4", "--max-model-len", "120"),
     )
     try:
@@ -66,7 +70,7 @@ def test_tiny_oss_answers_rightly_under_pressure(tmp_path: Path) -> None:
     """Chunked prefill, a pool that preempts, two ranks: the score stays what the file's is."""
     service = Service(
         tmp_path,
-        *(*TWO_RANKS, "--max-num-batched-tokens", "96", "--max-num-seqs", "24"),
+        *("-tp", "2", *EXPERTS, "--max-num-batched-tokens", "96", "--max-num-seqs", "24"),
         *("--kv-cache-memory", "336KiB", "--max-model-len", "1024"),
         *("--expert-load", str(tmp_path / "load.json")),
     )

@@ -188,8 +188,7 @@ class Group:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for loop in self.loops:
-            loop.stop()
+        in_threads([loop.stop for loop in self.loops])
         self.coordinator.close()
 
 
@@ -274,18 +273,26 @@ def test_the_ranks_of_an_engine_that_waits_for_another_hear_from_it(
     assert "closed the plan channel" in str(ends[0])
 
 
-def test_an_engine_that_stops_ends_the_group() -> None:
+def test_an_engine_that_stops_helps_the_others_to_their_end() -> None:
     with Group() as group:
         group.meeting.pause = 0.1  # nobody comes to an end before that
         for engine in range(ENGINES):
             group.loops[engine].submit(request(f"r{engine}", tokens=150))
-        group.published[2].until(lambda: bool(group.published[2].tokens))
-        group.loops[1].stop()
-        for engine in range(ENGINES):
-            assert group.published[engine].end(f"r{engine}").reason == "error"
+        group.published[1].until(lambda: bool(group.published[1].tokens))
+        group.loops[1].stop(timeout=0)
+        assert group.published[1].end("r1").reason == "error"
+        group.loops[1].submit(request("late"))
+        assert group.published[1].end("late").reason == "error"
         for engine in (0, 2):
-            assert group.loops[engine]._over.wait(DEADLINE)
-            assert "engine 1 was shut down" in str(group.loops[engine].trouble())
+            assert group.published[engine].end(f"r{engine}").reason == "length"
+        group.loops[2].stop(timeout=0)
+        group.loops[0].submit(request("more"))
+        assert group.published[0].end("more").reason == "length"
+        assert not any(loop._over.is_set() for loop in group.loops)
+        group.loops[0].stop()
+        for loop in group.loops:
+            assert loop._over.wait(DEADLINE)
+            assert loop.failure == "the engine was shut down"
 
 
 def test_a_step_that_fails_names_its_rank_everywhere() -> None:

@@ -12,19 +12,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers.channel import ChannelServer
 from workers.config import ModelSpec
-from workers.recording import Recording
+from workers.recording import Recording, numbered
 from workers.wire import Engine
 
 if TYPE_CHECKING:  # these import torch
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # these import torch
 MEET = 120.0  # seconds for the ranks to start and find each other
 LOAD = 3600.0  # seconds for the weights, and again for memory and graphs
 PING = 10.0  # seconds a rank has to answer
+STOP = 600.0  # seconds that other engines may take to end, at most; Serve's own patience is shorter
+POLL = 0.2  # seconds between two looks for an actor of another replica
 LEASE = 86400.0  # seconds of a request without a deadline
 RECORD = 60.0  # seconds between two writings of the experts' load
 
@@ -74,60 +77,113 @@ class _Compute:
                 future.set_exception(error)
 
 
+class Meeting(NamedTuple):
+    """Where all ranks of all engines find each other."""
+
+    host: str
+    store: int  # port of torch's store
+    rounds: int  # port of the engines' coordinator; 0: there is one engine
+
+
 class RankActor:
     """One rank's process. Work runs in a thread, so that ``ping`` is answered meanwhile."""
 
-    def __init__(self, spec: ModelSpec, rank: int, world: int, key: bytes, threads: int) -> None:
+    def __init__(self, spec: ModelSpec, rank: int, engine: int, key: bytes, threads: int) -> None:
         # Ray gives actors without whole CPUs one thread. libgomp reads this when torch comes.
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        self._spec, self._rank, self._world, self._key = spec, rank, world, key
+        self._spec, self._rank, self._number, self._key = spec, rank, engine, key
+        self._world = spec.data_parallel_size * spec.tensor_parallel_size
         self._failure: str | None = None
         self._engine: Any = None
+        self._meeting: Meeting | None = None
+        self._store: Any = None
+        self._coordinator: Any = None
         self._leader: Any = None
+        self._member: Any = None
         self._compute = _Compute()
         self._recorder: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
-    async def meet(self, host: str) -> tuple[str, int, int]:
-        """Rank 0: the host, and the ports of the store and of the plan channel."""
+    async def meet(self, host: str) -> Meeting:
+        """Rank 0 of engine 0: where the others find it. ``host`` empty: the node's own address."""
 
-        def listen() -> tuple[str, int, int]:
+        def listen() -> Meeting:
             from torch.distributed import TCPStore
 
-            from workers.plans import Leader
+            from workers.gang import Coordinator
 
-            self._host = host or ray.util.get_node_ip_address()
-            self._store = TCPStore(
-                self._host, 0, self._world, is_master=True, wait_for_workers=False
-            )
-            if self._world > 1:
-                self._leader = Leader(self._host, self._key)
-            return self._host, self._store.port, self._leader.port if self._leader else 0
+            if self._meeting is None:
+                engines, at, rounds = self._spec.data_parallel_size, _address(host), 0
+                self._store = TCPStore(at, 0, self._world, is_master=True, wait_for_workers=False)
+                if engines > 1:
+                    ranks = self._spec.tensor_parallel_size
+                    self._coordinator = Coordinator(at, self._key, engines, ranks, meet=MEET)
+                    rounds = self._coordinator.port
+                self._meeting = Meeting(at, self._store.port, rounds)
+            return self._meeting
 
         return await self._compute(listen)
 
-    async def load(self, host: str, store: int, plans: int) -> RankReport:
-        """Join the group and read this rank's share of the weights."""
+    async def lead(self, host: str) -> tuple[str, int]:
+        """Rank 0: where the engine's other ranks hear its plans."""
+
+        def listen() -> tuple[str, int]:
+            from workers.plans import Leader
+
+            self._host = _address(host)
+            if self._spec.tensor_parallel_size > 1:
+                self._leader = Leader(self._host, self._key)
+            return self._host, self._leader.port if self._leader else 0
+
+        return await self._compute(listen)
+
+    async def load(self, meeting: Meeting, plans: tuple[str, int]) -> RankReport:
+        """Join the other ranks and read this one's share of the weights."""
 
         def load() -> RankReport:
             from torch.distributed import TCPStore
 
+            from workers.gang import Member
             from workers.plans import Follower
             from workers.rank import Rank
 
-            self._core = Rank(self._spec, self._rank)
+            core = self._core = Rank(self._spec, self._rank, self._number)
+            if meeting.rounds:
+                self._member = Member(
+                    (meeting.host, meeting.rounds),
+                    self._key,
+                    (self._number, self._rank),
+                    core.facts(),
+                    lambda: core.progress,
+                    core.abort,
+                    meet=MEET,
+                )
+            if self._store is None:
+                self._store = TCPStore(meeting.host, meeting.store, self._world, is_master=False)
             if self._rank > 0:
-                self._store = TCPStore(host, store, self._world, is_master=False)
-                self._follower = Follower(host, plans, self._rank, self._key)
+                self._follower = Follower(*plans, self._rank, self._key)
             elif self._leader is not None:
-                self._leader.accept(self._world - 1, MEET)
-            return self._core.load(self._store)
+                self._leader.accept(self._spec.tensor_parallel_size - 1, MEET)
+            return core.load(self._store)
 
-        return await self._compute(load)
+        return await self._together(load)
+
+    def _together(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """What all engines wait for: where it fails, they hear why."""
+
+        def told() -> T:
+            try:
+                return call()
+            except Exception as error:
+                if self._member is None:
+                    raise
+                raise self._member.explain(error) from None
+
+        return self._compute(told)
 
     async def plan(self, free: int) -> Capacity:
         """The KV pool where every rank has ``free`` bytes for it."""
-        return await self._compute(lambda: self._core.plan(free))
+        return await self._together(lambda: self._core.plan(free))
 
     async def start(
         self, plan: Capacity, engine: Engine, epoch: int, interval: int, expert_load: str
@@ -136,7 +192,7 @@ class RankActor:
         writes the experts' load to a file where it is given one."""
         from workers.engine import EngineLoop, settle_garbage_collection
 
-        runner = await self._compute(lambda: self._core.allocate(plan))
+        runner = await self._together(lambda: self._core.allocate(plan))
         if self._rank > 0:
             self._compute(lambda: self._follow(runner))
             return "", 0
@@ -152,6 +208,7 @@ class RankActor:
             runner,
             lambda outputs, load: self._channel.publish(outputs, load),
             self._leader,
+            self._member,
             ended=ended,
             compile=self._core.grammars.compile,
         )
@@ -181,7 +238,7 @@ class RankActor:
         from workers.engine import follow
 
         try:
-            follow(self._follower, runner)
+            follow(self._follower, runner, self._member)
         except Exception as error:
             log.exception("rank %d failed", self._rank)
             self._failure = f"rank {self._rank} failed: {type(error).__name__}: {error}"
@@ -192,20 +249,26 @@ class RankActor:
         return self._failure or (self._engine.trouble() if self._engine else None)
 
     async def stop(self) -> None:
-        """Rank 0: end the loop after the step that runs; the other ranks then end theirs."""
+        """Rank 0: end the loop after the step that runs; the other ranks then end theirs.
+
+        Where engines share experts, this returns when all of them have been stopped.
+        """
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+            await asyncio.to_thread(self._engine.stop, STOP)
             self._stopping.set()
             if self._recorder is not None:
                 await self._recorder
             await self._channel.close()
+        if self._coordinator is not None:
+            await asyncio.to_thread(self._coordinator.close)
 
 
 class EngineReplica:
-    """One engine as a Serve replica, in a placement group with one bundle for each rank.
+    """One engine as a Serve replica, in a bundle of a placement group: all its ranks on one node.
 
-    ``host`` is where its channels listen; empty: the node's own address. ``interval`` tokens of a
-    request are sent together. ``expert_load`` is a file of rank 0's node, or empty.
+    Engines that share experts are a gang, with one placement group. ``host`` is where an engine's
+    channels listen; empty: the node's own address. ``interval`` tokens of a request are sent
+    together. ``expert_load`` is a file of rank 0's node, or empty; every replica has its own.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -222,32 +285,40 @@ class EngineReplica:
     ) -> None:
         from ray import serve
 
-        world = spec.tensor_parallel_size
-        group = ray.util.get_current_placement_group()
-        threads = max(1, len(os.sched_getaffinity(0)) // world)
+        context, group = serve.get_replica_context(), ray.util.get_current_placement_group()
+        gang = context.gang_context
+        bundle, name = (gang.rank, f"moeray-{gang.gang_id}") if gang else (0, "")
+        nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+        number = by_node(nodes).index(bundle)
+        neighbours = spec.tensor_parallel_size * [*nodes.values()].count(nodes[bundle])
+        threads = max(1, len(os.sched_getaffinity(0)) // neighbours)
         self._ranks = [
             ray.remote(RankActor)
             .options(
+                name=(name if rank == number == 0 else "") or None,
                 num_cpus=0.01,
                 num_gpus=1 if spec.device == "cuda" else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
             )
-            .remote(spec, rank, world, key, threads)
-            for rank in range(world)
+            .remote(spec, rank, number, key, threads)
+            for rank in range(spec.tensor_parallel_size)
         ]
         async with asyncio.timeout(MEET):
-            where = await self._ranks[0].meet.remote(host)
+            first = self._ranks[0] if number == 0 else await _named(name)
+            meeting, plans = await asyncio.gather(
+                first.meet.remote(host), self._ranks[0].lead.remote(host)
+            )
         async with asyncio.timeout(LOAD):
             self._reports: list[RankReport] = await asyncio.gather(
-                *[rank.load.remote(*where) for rank in self._ranks]
+                *[rank.load.remote(meeting, plans) for rank in self._ranks]
             )
         async with asyncio.timeout(LOAD):  # graphs are captured, kernels perhaps compiled
-            free = min(report.free_bytes for report in self._reports)
-            self._capacity: Capacity = await self._ranks[0].plan.remote(free)
-            replica = serve.get_replica_context().replica_id.unique_id
-            self._engine = Engine(service, spec.served_model_name, replica)
+            self._capacity: Capacity = await self._ranks[0].plan.remote(self._reports[0].free_bytes)
+            replica = context.replica_id.unique_id
+            self._engine = Engine(service, spec.served_model_name, replica, number)
             self._epoch = time.time_ns() // 1_000_000
-            start = self._capacity, self._engine, self._epoch, interval, expert_load
+            file = numbered(expert_load, context.rank.rank)
+            start = self._capacity, self._engine, self._epoch, interval, file
             addresses = await asyncio.gather(*[rank.start.remote(*start) for rank in self._ranks])
             self._address = addresses[0]
 
@@ -292,10 +363,28 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Serve calls this after draining."""
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(PING):
+            async with asyncio.timeout(STOP):
                 await self._ranks[0].stop.remote()
         for rank in self._ranks:
             ray.kill(rank)
+
+
+def _address(host: str) -> str:
+    return host or str(ray.util.get_node_ip_address())
+
+
+def by_node(nodes: Mapping[int, str]) -> list[int]:
+    """Bundles in the order of their engines: node by node, so that neighbours have neighbouring
+    ranks; that of bundle 0 is the first."""
+    return sorted(nodes, key=lambda bundle: (nodes[bundle] != nodes[0], nodes[bundle], bundle))
+
+
+async def _named(name: str) -> Any:
+    """An actor that another replica makes."""
+    while True:
+        with contextlib.suppress(ValueError):
+            return await asyncio.to_thread(ray.get_actor, name)
+        await asyncio.sleep(POLL)
 
 
 def _sentence(error: Exception) -> str:

@@ -22,6 +22,7 @@ import msgspec
 from parallelism.placement import imbalance
 from workers.gang import Member
 from workers.plans import BEAT, Follower, Leader
+from workers.rounds import RoundLost
 from workers.scheduler import Scheduler
 from workers.wire import Abort, Batch, Load, Output, Request, Round, StepResult
 
@@ -145,7 +146,7 @@ class EngineLoop:
                     self._rest()
             self._fail("the engine was shut down", "")
             if self._member is not None:
-                self._member.leave(f"engine {self._member.engine} was shut down")
+                self._retire(self._member)
         except Exception as error:
             if self._member is not None:
                 error = self._member.explain(error)
@@ -171,7 +172,10 @@ class EngineLoop:
         self._put(Abort(id))
 
     def stop(self, timeout: float = 10.0) -> None:
-        """End the loop after the step that runs; live requests get an error."""
+        """End the loop after the step that runs; live requests get an error.
+
+        An engine that shares experts then helps the others until all have been told to stop.
+        """
         self._stopping = True
         self._wake.set()
         self._over.wait(timeout)
@@ -267,6 +271,18 @@ class EngineLoop:
                 return round
             else:
                 self._assist(round)  # made before the others knew of this call
+
+    def _retire(self, member: Member) -> None:
+        """Take part in the others' rounds until the group ends."""
+        member.retire()
+        try:
+            while True:
+                if (round := member.wait(BEAT)) is not None:
+                    self._assist(round)
+                else:
+                    self._tell(None)
+        except RoundLost as over:
+            log.info("%s", over)
 
     def _assist(self, round: Round) -> None:
         """Take part in a round without tokens."""

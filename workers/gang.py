@@ -31,6 +31,7 @@ from workers.rounds import (
     Made,
     Met,
     Rank,
+    Retire,
     RoundLost,
     Rounds,
     ToRank,
@@ -162,6 +163,9 @@ class Coordinator:
             self._rounds.heard(rank, message.progress, now)
         elif isinstance(message, Leave):
             self._end(message.why)
+        elif isinstance(message, Retire):
+            if why := self._rounds.retire(rank[0]):
+                self._end(why)
         elif isinstance(message, Call):
             self._rounds.say(rank[0], message.tokens)
             if self._ended is None and (made := self._rounds.make(now)) is not None:
@@ -261,9 +265,10 @@ class Member:
             raise RoundLost(self.failure)
         return round
 
-    def leave(self, why: str) -> None:
-        """End the group."""
-        self._send(Leave(why))
+    def retire(self) -> None:
+        """Bring nothing any more. The group ends when all engines have said so."""
+        self.rest()
+        self._send(Retire())
 
     def explain(self, error: Exception) -> Exception:
         """Why a step failed: the loss of another rank, if it was that. Else the group ends because
@@ -271,7 +276,7 @@ class Member:
         self._over.wait(GRACE)
         if self.failure is not None:
             return RoundLost(self.failure)
-        self.leave(f"{name(self._rank)} failed: {type(error).__name__}: {error}")
+        self._send(Leave(f"{name(self._rank)} failed: {type(error).__name__}: {error}"))
         return error
 
     def close(self) -> None:

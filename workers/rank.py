@@ -70,7 +70,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     threads: int
     weight_bytes: int
-    free_bytes: int  # for the KV cache at most
+    free_bytes: int  # for the KV cache at most, on the rank of all engines that has the least
     kv_dtype_bytes: int
     seconds: float  # to load
     notes: list[str] = []
@@ -159,11 +159,12 @@ class Rank:
         self._grammars: Grammars | None = None  # rank 0's
         self._place: Place | None = None
         self._model: Decoder | None = None
+        self._store: Store | None = None  # of all ranks
 
     def load(
         self, store: Store | None, progress: Callable[[int, int], None] = lambda done, of: None
     ) -> RankReport:
-        """Join the other ranks over ``store`` and read this rank's weights.
+        """Join the other ranks, of all engines, over ``store`` and read this rank's weights.
 
         ``progress`` hears (bytes read, of so many). Raises CheckpointError before anything is read.
         """
@@ -196,11 +197,10 @@ class Rank:
             progress(done, plan.size)
 
         weights.load(model, plan, self._device, dequantise, advance)
-        self._place, self._model = place, model.eval()
-        if store is not None and self._device.type == "cuda":
+        self._place, self._model, self._store = place, model.eval(), store
+        if self._device.type == "cuda":
             # The rehearsal has collectives, and their deadline is shorter than a slow disk's.
-            store.set(f"loaded {grid.ep_rank}", "1")
-            store.wait([f"loaded {rank}" for rank in range(grid.world)], LOAD)
+            self._share("loaded", 0)
         return RankReport(
             rank=self._layout.rank,
             pid=os.getpid(),
@@ -208,11 +208,20 @@ class Rank:
             device=str(self._device),
             threads=torch.get_num_threads(),
             weight_bytes=held(model),
-            free_bytes=self._room(),
+            free_bytes=min(self._share("free", self._room())),
             kv_dtype_bytes=self._kv_dtype.itemsize,
             seconds=time.monotonic() - began,
             notes=[*notes, self._form_of_kv(), *_kernels(ops)],
         )
+
+    def _share(self, what: str, value: int) -> list[int]:
+        """``value`` of every rank of all engines, once all have come here."""
+        if self._store is None:
+            return [value]
+        self._store.set(f"{what} {self._layout.ep_rank}", str(value))
+        everybody = [f"{what} {rank}" for rank in range(self._layout.world)]
+        self._store.wait(everybody, LOAD)
+        return [int(self._store.get(name)) for name in everybody]
 
     def _form_of_experts(self, model: Decoder) -> tuple[bool, list[str]]:
         """Whether to dequantise MXFP4 experts at load, and a line that says what that costs."""
@@ -335,9 +344,11 @@ class Rank:
         )
 
     def allocate(self, plan: Capacity) -> Runner:
-        """Take the KV cache's memory, and capture graphs where there are any."""
+        """Take the KV cache's memory, and capture graphs where there are any. All ranks of all
+        engines are ready when it returns."""
         runner = self._runner(plan.kv, plan.scheduler, graphs=self._spec.kernels != "reference")
         runner.capture()
+        self._share("ready", 0)
         return runner
 
     def _runner(self, kv: KVConfig, config: SchedulerConfig, graphs: bool) -> Runner:

@@ -24,6 +24,12 @@ def nothing(
     )
 
 
+def numbered(file: str, replica: int) -> str:
+    """Every replica's own file: load.json, load.1.json, load.2.json."""
+    path = Path(file)
+    return str(path.with_suffix(f".{replica}{path.suffix}")) if file and replica else file
+
+
 class Recording:
     """Writes what is counted since ``nothing``, together with what the file held before.
 

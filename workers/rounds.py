@@ -5,7 +5,7 @@ calls a round; the round is made when every engine has said how many tokens it b
 until it is taken back by a call: an engine at rest is part of every round that the others make, and
 an idle group makes none. Every rank tells now and then how far it is, so that who holds the others
 up has a name. One that is lost ends the group: its experts are gone, and the other engines' steps
-with them. So does an engine that stops.
+with them. An engine that is told to stop helps the others until all have been told.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ class Call(msgspec.Struct, tag=True, array_like=True):
     tokens: int
 
 
+class Retire(msgspec.Struct, tag=True, array_like=True):
+    """An engine brings nothing any more. It takes part until all say so."""
+
+
 class Leave(msgspec.Struct, tag=True, array_like=True):
+    """A rank cannot go on."""
+
     why: str
 
 
@@ -57,7 +63,7 @@ class Ended(msgspec.Struct, tag=True, array_like=True):
     why: str
 
 
-FromRank = Hello | Beat | Call | Leave
+FromRank = Hello | Beat | Call | Retire | Leave
 ToRank = Beat | Met | Made | Ended
 
 
@@ -78,6 +84,7 @@ class Rounds:
         # What each engine brings; None: it has not said since its last round.
         self._said: list[int | None] = [None] * engines
         self._owing: dict[int, float] = {}  # since when an engine of a round has said nothing
+        self._retired: set[int] = set()
         self._number = 0
 
     def meet(self, hello: Hello, now: float) -> str | None:
@@ -116,6 +123,11 @@ class Rounds:
                 self._said[engine] = None
                 self._owing[engine] = now
         return Round(self._number, tokens)
+
+    def retire(self, engine: int) -> str | None:
+        """An engine was told to stop; why the group must end, if it was the last one."""
+        self._retired.add(engine)
+        return "all engines were shut down" if len(self._retired) == len(self._said) else None
 
     def heard(self, rank: Rank, progress: int, now: float) -> None:
         """A rank has given a sign of life."""

@@ -1,0 +1,161 @@
+"""Engines that share experts, served: a gang of replicas, on one node and on several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+
+from parallelism.placement import ExpertLoad, parse
+from tests.nodes import ENVIRONMENT, Nodes
+from tests.service import DEADLINE, Service
+from workers.actor import by_node
+from workers.recording import numbered
+
+GANG = ("--data-parallel-size", "2", "--enable-expert-parallel", "--device", "cpu")
+LONG = {"prompt": "hello", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+
+
+def answer(service: Service) -> str:
+    body = {"messages": [{"role": "user", "content": "What is 17 + 25?"}]}
+    said = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=DEADLINE)
+    if said.status_code != 200:
+        return str(said.status_code)
+    return str(said.json()["choices"][0]["message"]["content"])
+
+
+class Streams:
+    """Several at once; what each one's last line was."""
+
+    def __init__(self, service: Service, count: int, **body: Any) -> None:
+        self._url, self._body = f"{service.url}/v1/completions", LONG | body
+        self.begun = threading.Semaphore(0)
+        self._pool = ThreadPoolExecutor(count)
+        self._ends = [self._pool.submit(self._stream) for _ in range(count)]
+
+    def _stream(self) -> str:
+        with httpx.stream("POST", self._url, json=self._body, timeout=DEADLINE) as answer:
+            lines = answer.iter_lines()
+            last = next(lines)
+            self.begun.release()
+            for line in lines:
+                last = line or last
+        return last
+
+    def ends(self) -> list[str]:
+        return [end.result(2 * DEADLINE) for end in self._ends]
+
+
+def running(service: Service) -> list[int]:
+    """Requests that each engine works on."""
+    return [engine["load"]["running"] for engine in service.status()["engines"]]
+
+
+@pytest.fixture(scope="module")
+def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("gang")
+    service = Service(folder, *GANG, "--expert-load", str(folder / "load.json"))
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        service.stop()
+
+
+def test_requests_go_to_all_engines_and_tokens_to_all_ranks(gang: Service) -> None:
+    assert gang.said().count("rank 0: pid") == 2
+    assert [engine["engine"][3] for engine in gang.status()["engines"]] == [0, 1]
+    assert answer(gang) == "42"
+    gang.until(lambda: running(gang) == [0, 0])
+    first = Streams(gang, 1, max_tokens=1000)
+    gang.until(lambda: sum(running(gang)) == 1)
+    second = Streams(gang, 1, max_tokens=1000)
+    gang.until(lambda: running(gang) == [1, 1])
+    assert answer(gang) == "42"
+    assert first.ends() == second.ends() == ["data: [DONE]"]
+    for engine in gang.status()["engines"]:
+        replica = engine["engine"][2]
+        for rank in "01":
+            calls = gang.metric("moeray_expert_calls_total", replica=replica, rank=rank)
+            assert calls > 1000
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_a_lost_engine_ends_all_streams_and_the_gang_comes_back(gang: Service, engine: int) -> None:
+    before = gang.ranks()
+    streams = Streams(gang, 4)
+    for _ in range(4):
+        assert streams.begun.acquire(timeout=DEADLINE)
+    os.kill(before[engine], signal.SIGKILL)
+    for end in streams.ends():
+        error = msgspec.json.decode(end.removeprefix("data: "))["error"]
+        assert error["code"] == "unavailable", end
+    gang.until(lambda: len({*gang.ranks()} - {*before}) == 2)
+    gang.until(lambda: answer(gang) == "42")
+    gang.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before))
+
+
+def test_an_idle_engine_stays_until_the_others_have_drained(gang: Service, tmp_path: Path) -> None:
+    """It holds half of the experts."""
+    streams = Streams(gang, 1, max_tokens=1000)
+    assert streams.begun.acquire(timeout=DEADLINE)
+    assert gang.stop() == 0, gang.said()
+    assert streams.ends() == ["data: [DONE]"]
+    folder = Path(gang._log).parent
+    loads = [parse(ExpertLoad, file.read_bytes()) for file in folder.glob("load*.json")]
+    assert len(loads) >= 2
+    assert sum(sum(map(sum, load.calls)) for load in loads) > 1000
+
+
+@pytest.mark.parametrize("loss", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_engines_of_a_gang_are_on_several_nodes(loss: bool, tmp_path: Path) -> None:
+    """Each node has room for one engine of two ranks, and one node is to spare, for one's loss."""
+    with Nodes(2 + loss, free=0.25) as nodes:
+        service = Service(tmp_path, *GANG, "-tp", "2", "--address", nodes.address, **ENVIRONMENT)
+        try:
+            service.wait_until_ready()
+            before = service.ranks()
+            where = [psutil.Process(pid).ppid() for pid in before]
+            assert len(where) == 4
+            assert where[0] == where[1] != where[2] == where[3], "an engine is on one node"
+            assert {*where} <= {*nodes.raylets}
+            assert answer(service) == "42"
+            if not loss:
+                return
+            (ingress,) = [
+                process.ppid()
+                for process in psutil.process_iter()
+                if process.cmdline()[:1] == ["ray::ServeReplica:moeray:ingress"]
+                and process.ppid() in nodes.raylets
+            ]
+            lost = next(each for each in where if each not in (nodes.raylets[0], ingress))
+            nodes.kill(lost)
+            # Ray takes half a minute to call a node dead.
+            service.until(lambda: len({*service.ranks()} - {*before}) == 4, 3 * DEADLINE)
+            service.until(lambda: answer(service) == "42")
+            assert lost not in [psutil.Process(pid).ppid() for pid in service.ranks()]
+        finally:
+            assert service.stop() == 0, service.said()
+
+
+def test_ranks_are_counted_node_by_node_from_the_first_bundles() -> None:
+    assert by_node({0: "b", 1: "a", 2: "b", 3: "c", 4: "a"}) == [0, 2, 1, 4, 3]
+    assert by_node({0: "x"}) == [0]
+
+
+def test_every_replica_counts_into_a_file_of_its_own() -> None:
+    assert [numbered("/a/load.json", n) for n in range(3)] == [
+        "/a/load.json",
+        "/a/load.1.json",
+        "/a/load.2.json",
+    ]
+    assert numbered("", 2) == ""
