@@ -287,7 +287,7 @@ def _start_ray(config: ServiceConfig, home: Path) -> None:
         if config.address is not None:
             ray.init(address=config.address, **quiet)
         else:
-            with _patience():
+            with patience():
                 ray.init(
                     address="local",
                     _node_ip_address="127.0.0.1",
@@ -301,7 +301,7 @@ def _start_ray(config: ServiceConfig, home: Path) -> None:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def patience() -> Iterator[None]:
     """Ray waits 30 s for its node, and has no setting for it: three are usual, but a machine that
     is busy may take ten times as long."""
     from ray._private import services

@@ -11,12 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from cluster.service import patience
+from tests.service import ROOT, START
+
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
 }
 
 
@@ -44,7 +47,7 @@ class Nodes:
 
     def __exit__(self, *exc: object) -> None:
         try:
-            self._process.communicate(timeout=60)  # closes its input
+            self._process.communicate(timeout=START)  # closes its input
         finally:
             self._process.kill()
             self._process.wait()
@@ -81,16 +84,17 @@ def main(home: str, count: int, free: float) -> None:
 
     node = {"num_cpus": 1, "object_store_memory": 100 << 20}
     head = {**node, "include_dashboard": False, "temp_dir": home}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(count - 1):
-        cluster.add_node(**node)
+    with patience():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(count - 1):
+            cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     loads = []  # CPUs that others have: nodes are given in whole ones
     for each in ray.nodes():
         where = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
         options = {"num_cpus": 1 - free, "scheduling_strategy": where}
         loads.append(ray.remote(Load).options(**options).remote())
-    ray.get([load.ready.remote() for load in loads], timeout=60)
+    ray.get([load.ready.remote() for load in loads], timeout=START)
     nodes = {
         each.all_processes["raylet"][0].process.pid: each
         for each in (cluster.head_node, *cluster.worker_nodes)

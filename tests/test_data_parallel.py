@@ -17,7 +17,7 @@ import pytest
 
 from parallelism.placement import ExpertLoad, parse
 from tests.nodes import ENVIRONMENT, Nodes
-from tests.service import DEADLINE, Service
+from tests.service import DEADLINE, Service, told
 from workers.actor import by_node
 from workers.recording import numbered
 
@@ -132,10 +132,11 @@ def test_engines_of_a_gang_are_on_several_nodes(loss: bool, tmp_path: Path) -> N
             if not loss:
                 return
             (ingress,) = [
-                process.ppid()
-                for process in psutil.process_iter()
-                if process.cmdline()[:1] == ["ray::ServeReplica:moeray:ingress"]
-                and process.ppid() in nodes.raylets
+                parent
+                for parent, line in told(
+                    [*psutil.process_iter()], lambda process: (process.ppid(), process.cmdline())
+                )
+                if line[:1] == ["ray::ServeReplica:moeray:ingress"] and parent in nodes.raylets
             ]
             lost = next(each for each in where if each not in (nodes.raylets[0], ingress))
             nodes.kill(lost)

@@ -275,12 +275,13 @@ def test_the_ranks_of_an_engine_that_waits_for_another_hear_from_it(
 
 def test_an_engine_that_stops_helps_the_others_to_their_end() -> None:
     with Group() as group:
-        group.meeting.pause = 0.1  # nobody comes to an end before that
+        group.meeting.pause = 0.1  # nobody comes to an end before one is stopped
         for engine in range(ENGINES):
             group.loops[engine].submit(request(f"r{engine}", tokens=150))
         group.published[1].until(lambda: bool(group.published[1].tokens))
         group.loops[1].stop(timeout=0)
         assert group.published[1].end("r1").reason == "error"
+        group.meeting.pause = 0.0
         group.loops[1].submit(request("late"))
         assert group.published[1].end("late").reason == "error"
         for engine in (0, 2):
