@@ -252,6 +252,8 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # Ray's is 15: beside a process that computes, an engine would hardly run.
+        "RAY_worker_niceness": "0",
         # On a busy machine Ray would give up, or start a proxy again and again.
         "RAY_gcs_server_port_wait_time_s": str(int(NODE)),
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(NODE),
