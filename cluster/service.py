@@ -242,7 +242,7 @@ def _reap() -> None:
 
 def _environment(home: Path) -> dict[str, str]:
     """What Ray and Serve read at import, here and in every process of theirs."""
-    metrics, stats, spare_http, spare_grpc = _free_ports(4)
+    metrics, stats, spare_http, spare_grpc = free_ports(4)
     found = {
         "PYTHONPATH": os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])],
@@ -256,6 +256,8 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_worker_niceness": "0",
         # On a busy machine Ray would give up, or start a proxy again and again.
         "RAY_gcs_server_port_wait_time_s": str(int(NODE)),
+        "RAY_agent_register_timeout_ms": str(int(NODE) * 1000),
+        "RAY_worker_register_timeout_seconds": str(int(NODE)),
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(NODE),
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(2 * PING_TIMEOUT),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(spare_http),
@@ -275,10 +277,15 @@ def _environment(home: Path) -> dict[str, str]:
     return found | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [sock.getsockname()[1] for sock in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports that no connection and no process of Ray's gets by chance before they are listened on:
+    Linux gives out those from 32768 on, Ray those up to 19999, Serve those from 30000 on."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            found += [port] * (port not in found)
+    return found
 
 
 def _start_ray(config: ServiceConfig, home: Path) -> None:
@@ -304,11 +311,13 @@ def _start_ray(config: ServiceConfig, home: Path) -> None:
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
-    """Ray waits 30 s for its node, and has no setting for it: three are usual, but a machine that
-    is busy may take ten times as long."""
+    """While Ray starts nodes. It waits 30 s for a node, and a node waits 15 s for its agents to
+    say which ports they took, and there is no setting for either. Three seconds are usual, but a
+    machine that is busy may take ten times as long."""
     from ray._private import services
 
-    get_node = services.get_node
+    get_node, start_raylet = services.get_node, services.start_raylet
+    agents = ("metrics_agent", "metrics_export", "runtime_env_agent", "dashboard_agent_listen")
 
     def wait(*which: Any) -> Any:
         end = time.monotonic() + NODE
@@ -320,11 +329,16 @@ def patience() -> Iterator[None]:
                     raise
                 time.sleep(POLL)
 
-    services.get_node = wait
+    def start(*given: Any, **named: Any) -> Any:
+        ports = free_ports(len(agents))  # a node does not wait to hear of those it gave itself
+        chosen = {f"{name}_port": port for name, port in zip(agents, ports, strict=True)}
+        return start_raylet(*given, **named | chosen)
+
+    services.get_node, services.start_raylet = wait, start
     try:
         yield
     finally:
-        services.get_node = get_node
+        services.get_node, services.start_raylet = get_node, start_raylet
 
 
 def _run(

@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     "RAY_worker_niceness": "0",
+    "RAY_agent_register_timeout_ms": "120000",
 }
 
 

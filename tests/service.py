@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+
+from cluster.service import free_ports
 
 ROOT = Path(__file__).parents[1]
 START = 300.0  # seconds; ten are usual
@@ -30,15 +31,6 @@ def hostile(folder: Path) -> Path:
     for file in ("cluster.py", "workers.py", "kernels/__init__.py"):
         (folder / file).write_text("import os\nos._exit(66)\n")
     return folder
-
-
-def free_port() -> int:
-    """One that no connection and no process of Ray's gets by chance before it is listened on: the
-    kernel gives ports from 32768 on, Ray up to 19999, Serve from 30000 on."""
-    while True:
-        port = 20_000 + secrets.randbelow(10_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 def told(processes: list[psutil.Process], what: Callable[[psutil.Process], T]) -> list[T]:
@@ -57,7 +49,7 @@ def folders(processes: list[psutil.Process]) -> list[Path]:
 
 class Service:
     def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
-        self.port = free_port()
+        self.port = free_ports(1)[0]
         self._joined = "--address" in flags  # the cluster's Serve keeps the port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log, self._out = folder / "stderr", folder / "stdout"

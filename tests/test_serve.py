@@ -22,8 +22,9 @@ from openai import APIStatusError, BadRequestError, OpenAI, pydantic_function_to
 from pydantic import BaseModel, Field
 
 from cluster.keys import sha256
+from cluster.service import free_ports
 from tests.front import head
-from tests.service import DEADLINE, ROOT, START, Service, folders, free_port, told
+from tests.service import DEADLINE, ROOT, START, Service, folders, told
 from workers.hub import BUNDLED
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -581,7 +582,7 @@ def test_preflight_refuses_before_ray_starts(tmp_path: Path, monkeypatch: Any) -
     from workers.config import ModelSpec, ServiceConfig
     from workers.hub import NoModel
 
-    port = free_port()
+    port = free_ports(1)[0]
     spec, vocab_size = service.preflight(ServiceConfig(models=(ModelSpec(),), port=port))
     assert (spec.model, spec.served_model_name) == (str(BUNDLED), "tiny-oss")
     assert vocab_size > 0
