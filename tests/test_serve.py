@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -531,6 +532,9 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
         driver = psutil.Process(service.process.pid)
         family = service.family()
         commands = told([driver, *family], psutil.Process.cmdline)
+        (node,) = [command for command in commands if "".join(command[:1]).endswith("/raylet")]
+        waits = [word for word in node if re.fullmatch(r"--(metrics|runtime).*[-_]port=0", word)]
+        assert not waits, "Ray's node ends if its agents take longer than 15 s"
         assert not [command for command in commands if "sesame" in " ".join(command)]
         environments = told(family, psutil.Process.environ)
         assert environments
