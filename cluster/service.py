@@ -317,6 +317,7 @@ def patience() -> Iterator[None]:
     from ray._private import services
 
     get_node, start_raylet = services.get_node, services.start_raylet
+    start_process = services.start_ray_process
     agents = ("metrics_agent", "metrics_export", "runtime_env_agent", "dashboard_agent_listen")
 
     def wait(*which: Any) -> Any:
@@ -332,6 +333,13 @@ def patience() -> Iterator[None]:
     def start(*given: Any, **named: Any) -> Any:
         ports = free_ports(len(agents))  # a node does not wait to hear of those it gave itself
         chosen = {f"{name}_port": port for name, port in zip(agents, ports, strict=True)}
+
+        def run(command: list[str], kind: str, *rest: Any, **more: Any) -> Any:
+            # The one port that Ray tells the agent, and not the node.
+            own = [f"--{agents[-1]}_port={ports[-1]}"] if kind == "raylet" else []
+            return start_process([*command, *own], kind, *rest, **more)
+
+        services.start_ray_process = run
         return start_raylet(*given, **named | chosen)
 
     services.get_node, services.start_raylet = wait, start
@@ -339,6 +347,7 @@ def patience() -> Iterator[None]:
         yield
     finally:
         services.get_node, services.start_raylet = get_node, start_raylet
+        services.start_ray_process = start_process
 
 
 def _run(
