@@ -41,7 +41,8 @@ from workers.recording import Recording, nothing, placement
 
 ROOT = Path(__file__).parents[1]  # the folder of moeray.py
 DRAIN = 300.0  # seconds that requests have to end after SIGTERM
-READY = 60.0  # seconds from deployed to answering
+NODE = 120.0  # seconds for each of Ray's own processes to start; ten are usual for all
+READY = 120.0  # seconds from deployed to answering
 POLL = 0.1
 WATCH = 5.0  # seconds between two looks whether the service is still there
 EVERYONE = 1 << 20  # the engine's scheduler queues, not Serve
@@ -244,7 +245,7 @@ def _reap() -> None:
 
 def _environment(home: Path) -> dict[str, str]:
     """What Ray and Serve read at import, here and in every process of theirs."""
-    metrics, stats, spare_http, spare_grpc = _free_ports(4)
+    metrics, stats, spare_http, spare_grpc = free_ports(4)
     found = {
         "PYTHONPATH": os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])],
@@ -254,6 +255,14 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # Ray's is 15: beside a process that computes, an engine would hardly run.
+        "RAY_worker_niceness": "0",
+        # On a busy machine Ray would give up, or start a proxy again and again.
+        "RAY_gcs_server_port_wait_time_s": str(int(NODE)),
+        "RAY_agent_register_timeout_ms": str(int(NODE) * 1000),
+        "RAY_worker_register_timeout_seconds": str(int(NODE)),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(NODE),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(2 * PING_TIMEOUT),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(spare_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(spare_grpc),
     }
@@ -265,15 +274,21 @@ def _environment(home: Path) -> dict[str, str]:
         "METRICS_PORT": str(metrics),
         "STATS_PORT": str(stats),
         "HARD_STOP_AFTER_S": str(int(DRAIN)),
+        "STARTUP_TIMEOUT_S": str(int(NODE)),
     }
     found |= {f"RAY_SERVE_HAPROXY_{name}": value for name, value in own.items()}
     return found | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [sock.getsockname()[1] for sock in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports that no connection and no process of Ray's gets by chance before they are listened on:
+    Linux gives out those from 32768 on, Ray those up to 19999, Serve those from 30000 on."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            found += [port] * (port not in found)
+    return found
 
 
 def _start_ray(config: ServiceConfig, home: Path) -> None:
@@ -292,7 +307,7 @@ def _start_ray(config: ServiceConfig, home: Path) -> None:
                 _temp_dir=str(home / "ray"),
                 **quiet,
             )
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # Ray raises Exception itself where its node is late
         raise StartupError(f"Ray does not start: {error}") from error
 
 

@@ -25,7 +25,7 @@ from workers.hub import BUNDLED
 from workers.scheduler import Scheduler
 from workers.wire import Batch, Engine, Output, Request
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 VOCAB = 400
 LENGTH = 512
 SEQUENCES = 4
@@ -40,11 +40,17 @@ def head(path: str, body: bytes, *headers: bytes, method: bytes = b"POST") -> by
 
 
 class Slow(FakeRunner):
-    """Its steps take a while, if they are told to."""
+    """Its steps take a while, or wait until they may begin, if they are told to."""
 
     pause = 0.0
 
+    def __init__(self, config: SchedulerConfig, kv: KVConfig, vocab: int) -> None:
+        super().__init__(config, kv, vocab)
+        self.open = threading.Event()
+        self.open.set()
+
     def launch(self, batch: Batch) -> int:
+        assert self.open.wait(DEADLINE)
         time.sleep(self.pause)
         return super().launch(batch)
 
@@ -79,7 +85,7 @@ class Front:
         self._thread.start()
         threading.Thread(target=self._engine.run).start()
         assert self._up.wait(DEADLINE)
-        self.until(lambda: httpx.get(f"{self.url}/ready").status_code == 200)
+        self.until(lambda: self.get("/ready").status_code == 200)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -152,6 +158,9 @@ class Front:
             and not load.running + load.waiting
             and load.free == load.blocks
         )
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=DEADLINE, **more)
 
     def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=DEADLINE, **more)

@@ -31,7 +31,7 @@ from workers.wire import Load, Logprobs, Output, Request
 
 KEY = b"a key of thirty-two bytes ......"
 HOST = "127.0.0.1"
-PATIENCE = 120.0  # seconds for anything
+PATIENCE = 300.0  # seconds for anything; every rank must import torch first
 
 
 @dataclass

@@ -39,7 +39,7 @@ def run(tests: list[str], where: Path) -> tuple[int, str]:
         | {"PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,  # pytest ends a test that hangs sooner
         check=False,
     )
     return done.returncode, done.stdout + done.stderr

@@ -8,15 +8,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.service import ROOT, START
+
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_worker_niceness": "0",
+    "RAY_agent_register_timeout_ms": "120000",
 }
 
 
@@ -49,7 +52,7 @@ class Nodes:
 
     def __exit__(self, *exc: object) -> None:
         try:
-            self._process.communicate(timeout=60)  # closes its input
+            self._process.communicate(timeout=START)  # closes its input
         finally:
             self._process.kill()
             self._process.wait()
@@ -95,7 +98,7 @@ def main(home: str, count: int, free: float) -> None:
         where = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
         options = {"num_cpus": 1 - free, "scheduling_strategy": where}
         loads.append(ray.remote(Load).options(**options).remote())
-    ray.get([load.ready.remote() for load in loads], timeout=60)
+    ray.get([load.ready.remote() for load in loads], timeout=START)
     nodes = {
         each.all_processes["raylet"][0].process.pid: each
         for each in (cluster.head_node, *cluster.worker_nodes)

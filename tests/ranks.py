@@ -16,6 +16,8 @@ from parallelism.group import Group
 from tests.engines import Engine
 from workers.wire import Load, Logprobs, Request
 
+PATIENCE = 300.0  # seconds for a job; every rank must import torch first
+
 Job = tuple[Path, dict[str, Any], Sequence[Request]]
 Answer = tuple[dict[str, list[int]], Load, dict[str, list[Logprobs]]]
 
@@ -36,10 +38,10 @@ def generate(world: int, jobs: Sequence[Job]) -> list[Answer]:
     try:
         answers = []
         for _ in jobs:
-            assert ours.poll(120), "no answer within 120 s"
+            assert ours.poll(PATIENCE), f"no answer within {PATIENCE:.0f} s"
             answers.append(ours.recv())
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
             assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
         return answers
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,14 +11,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
 
+from cluster.service import free_ports
+
 ROOT = Path(__file__).parents[1]
-START = 120.0  # seconds; ten are usual
-DEADLINE = 60.0
+START = 300.0  # seconds; ten are usual
+DEADLINE = 180.0
+
+T = TypeVar("T")
 
 
 def hostile(folder: Path) -> Path:
@@ -28,14 +33,23 @@ def hostile(folder: Path) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+def told(processes: list[psutil.Process], what: Callable[[psutil.Process], T]) -> list[T]:
+    """What is asked of each; Ray ends those it does not need at any time."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(what(process))
+    return found
+
+
+def folders(processes: list[psutil.Process]) -> list[Path]:
+    """Where they run."""
+    return [Path(cwd) for cwd in told(processes, psutil.Process.cwd)]
 
 
 class Service:
     def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
-        self.port = free_port()
+        self.port = free_ports(1)[0]
         self._joined = "--address" in flags  # the cluster's Serve keeps the port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log, self._out = folder / "stderr", folder / "stdout"
@@ -63,14 +77,15 @@ class Service:
     def family(self) -> list[psutil.Process]:
         """Its processes that live: who was orphaned and has ended waits for the service's end."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        states = told(found, lambda process: (process, process.status()))
+        return [process for process, state in states if state != psutil.STATUS_ZOMBIE]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit status. Fails where a process, a port or a folder is left."""
         if self.process.poll() is not None:
             return self.process.returncode
         family = self.family()
-        homes = {Path(child.cwd()).parent for child in family if "moeray-" in child.cwd()}
+        homes = {cwd.parent for cwd in folders(family) if "moeray-" in str(cwd)}
         self.process.send_signal(number)
         try:
             status = self.process.wait(DEADLINE)

@@ -188,7 +188,7 @@ def load(configuration: Path, directory: Path) -> subprocess.CompletedProcess[st
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -203,7 +203,7 @@ def test_a_shipped_cache_needs_no_compiler(tmp_path: Path) -> None:
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
-        timeout=200,
+        timeout=600,
     )
     shutil.move(made, moved)
     loaded = load(configuration, moved)
@@ -316,7 +316,7 @@ def test_refusals(one: list[Launch], tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert refused.returncode == 1
     assert "no kernel is made for sm_70" in refused.stderr

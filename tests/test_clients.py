@@ -11,11 +11,11 @@ from typing import Any
 
 import agents
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from pydantic import BaseModel
 
 from tests import vocabularies
-from tests.service import DEADLINE, Service
+from tests.service import DEADLINE, Service, told
 
 ASK = "Call get_weather with city Paris."
 TOOL: Any = {
@@ -171,12 +171,20 @@ def test_many_at_once_and_one_that_leaves(service: Service) -> None:
 
 def test_responses_outlive_the_stores_process(service: Service, client: OpenAI) -> None:
     made = client.responses.create(model="tiny-oss", input="What is 17 + 25?")
-    (actor,) = [
-        process for process in service.family() if "ray::Store" in " ".join(process.cmdline())
-    ]
+    lines = told(service.family(), lambda process: (process, " ".join(process.cmdline())))
+    (actor,) = [process for process, line in lines if "ray::Store" in line]
     actor.kill()
     actor.wait(DEADLINE)
-    assert client.responses.retrieve(made.id).output_text == "42"
+
+    def there() -> bool:
+        try:
+            return client.responses.retrieve(made.id).output_text == "42"
+        except InternalServerError as error:
+            if error.status_code != 503:  # it may take a while to start again
+                raise
+            return False
+
+    service.until(there)
     after = client.responses.create(
         model="tiny-oss", input="Spell sun.", previous_response_id=made.id
     )

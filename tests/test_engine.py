@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import select
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from workers.scheduler import Scheduler
 from workers.wire import Batch, Load, Output, Request, Sampling, StepResult
 
 VOCAB = 50
-DEADLINE = 30.0
+DEADLINE = 120.0
 CONFIG = SchedulerConfig(
     max_num_seqs=4, max_num_batched_tokens=16, max_model_len=200, eos_token_ids=(0,)
 )
@@ -179,10 +181,11 @@ def test_a_grammar_is_prepared_beside_the_steps(
     published: Published, loops: list[EngineLoop]
 ) -> None:
     """Others go on meanwhile; what fails there is the steps' to tell, and a deadline counts."""
-    ready, asked = threading.Event(), []
+    ready, begun, asked = threading.Event(), threading.Event(), []
 
     def compile(grammar: str) -> None:
         asked.append(grammar)
+        begun.set()
         assert ready.wait(DEADLINE)
         if grammar == "worse":
             raise RuntimeError("out of memory")
@@ -203,6 +206,7 @@ def test_a_grammar_is_prepared_beside_the_steps(
     assert published.end("late").detail == "the deadline passed after 0 tokens"
     assert published.end("gone").reason == "abort"
     assert not published.tokens.get("held")
+    assert begun.wait(DEADLINE)
     assert asked == ["any"], "one at a time"
     asked.clear()
     ready.set()
@@ -244,9 +248,14 @@ def test_stopping_ends_live_requests(published: Published) -> None:
     loop.submit(request("r", tokens=100))
     gate.steps.release()
     published.until(lambda: "r" in published.tokens)
-    gate.steps.release()
-    loop.stop()
-    assert published.end("r").reason == "error"
+    stop = threading.Thread(target=loop.stop, args=(DEADLINE,))
+    stop.start()
+    while not loop._stopping:
+        time.sleep(0.01)
+    gate.steps.release()  # the step that is under way
+    assert published.end("r").detail == "the engine was shut down; send the request again"
+    stop.join(DEADLINE)
+    assert not stop.is_alive()
 
 
 class Ranks:
@@ -316,6 +325,7 @@ def test_a_stranger_cannot_follow() -> None:
 
     thread = threading.Thread(target=intrude)
     thread.start()
+    assert select.select([leader._listener], [], [], DEADLINE)[0], "it does not come"
     with pytest.raises(PlanLost, match=r"ranks \[1\] have not come"):
         leader.accept(1, 1.0)
     thread.join(DEADLINE)

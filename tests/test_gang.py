@@ -215,7 +215,7 @@ def test_a_lost_rank_ends_the_round_everywhere_in_time(
     number: signal.Signals, checkpoint: Path
 ) -> None:
     """And the others say which one it was."""
-    deadline = 6.0
+    deadline = 10.0
     with Gang(checkpoint, 2, 1, deadline) as gang:
         running = [greedy(f"r{engine}", [1, 2, 3], 400) for engine in range(2)]
         for engine, each in enumerate(running):
@@ -237,7 +237,7 @@ def test_whichever_rank_is_lost_has_its_name_said(
     number: signal.Signals, victim: tuple[int, int], checkpoint: Path
 ) -> None:
     """One engine is idle. A lost coordinator is known by its silence."""
-    deadline = 6.0
+    deadline = 10.0
     with Gang(checkpoint, 2, 2, deadline) as gang:
         running = greedy("r", [1, 2, 3], 400)
         gang.submit(0, [running])

@@ -49,7 +49,7 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(words=WORDS)
 @example(words="Hello world café 你好 12345")
 def test_text_has_the_same_ids(text: Text, oracle: Any, words: str) -> None:
@@ -58,7 +58,7 @@ def test_text_has_the_same_ids(text: Text, oracle: Any, words: str) -> None:
     assert text.decode(ids) == words
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(ids=st.lists(st.integers(0, 199_997), max_size=30), cuts=st.integers(1, 5))
 def test_ids_have_the_same_text(text: Text, oracle: Any, ids: list[int], cuts: int) -> None:
     detokenizer = text.detokenizer()
@@ -142,7 +142,7 @@ def official_fold(oracle: Any, ids: Sequence[int]) -> Fold:
 def test_answers_are_read_as_openai_reads_them(text: Text, oracle: Any, count: int) -> None:
     prompt = parts(oracle, "<|start|>user<|message|>x<|end|><|start|>assistant")
 
-    @settings(max_examples=count, deadline=None)
+    @settings(max_examples=count)
     @given(messages=MESSAGES, cut=st.integers(0, 200))
     def check(messages: Any, cut: int) -> None:
         ids = transcript(messages, oracle)
@@ -275,7 +275,7 @@ def conversation(
     return ours, official.Conversation.from_messages(theirs)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     instructions=WORDS,
     effort=st.sampled_from(sorted(EFFORTS)),

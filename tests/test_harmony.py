@@ -300,7 +300,7 @@ CUTS = st.lists(st.integers(0, 90), max_size=8)
 
 @pytest.mark.parametrize("count", [1000, MANY])
 def test_any_tokens_give_the_same_however_they_are_cut_and_leak_nothing(count: int) -> None:
-    @settings(max_examples=count, deadline=None)
+    @settings(max_examples=count)
     @given(tokens=ANSWERS, cuts=CUTS, prompt=st.one_of(st.just(PROMPT), ANSWERS))
     @example(tokens=[], cuts=[], prompt=[])
     def check(tokens: list[int], cuts: list[int], prompt: list[int]) -> None:
@@ -312,7 +312,7 @@ def test_any_tokens_give_the_same_however_they_are_cut_and_leak_nothing(count: i
 
 @pytest.mark.parametrize("count", [1000, MANY])
 def test_mutations_of_valid_answers_too(count: int) -> None:
-    @settings(max_examples=count, deadline=None)
+    @settings(max_examples=count)
     @given(tokens=mutations(), cuts=CUTS)
     def check(tokens: list[int], cuts: list[int]) -> None:
         agrees(tokens, cuts, PROMPT)
@@ -331,7 +331,7 @@ MESSAGES = st.lists(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(messages=MESSAGES, cuts=st.lists(st.integers(0, 80), max_size=8))
 def test_valid_answers_come_back_message_by_message(
     messages: list[tuple[str, str]], cuts: list[int]

@@ -95,7 +95,7 @@ def download(hub: str, model: str, cache: Path) -> subprocess.CompletedProcess[s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

@@ -123,7 +123,7 @@ class Scene:
         return torch.stack(out)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     dtype=DTYPES,
     rows=st.lists(
@@ -345,7 +345,7 @@ def assert_batch_invariant(
         assert torch.equal(attend(scene)[: last - first], expected[first:last])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(**BATCHES)
 def test_exact_rows_never_depend_on_their_batch(
     others: list[int], window: int, cuts: list[int], kv_dtype: torch.dtype | None

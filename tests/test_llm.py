@@ -161,7 +161,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"COLUMNS": "160"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

@@ -186,7 +186,7 @@ def spoken(choice: dict[str, Any]) -> list[tuple[bytes, float]]:
     ]
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(
     tokens=ANSWERS,
     cuts=st.lists(st.integers(0, 40), max_size=20),
@@ -234,7 +234,7 @@ def test_a_chats_tokens_are_its_contents(
             assert said.decode() == content
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     tokens=ANSWERS,
     cuts=st.lists(st.integers(0, 40), max_size=20),

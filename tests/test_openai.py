@@ -438,7 +438,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["chat", "completions"])
 def test_any_value_in_any_field_is_served_or_refused(kind: str, data: st.DataObject) -> None:
@@ -584,7 +584,7 @@ def fold_chat(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     return message
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     cuts=st.lists(st.integers(0, 90), max_size=30),
     transcript=st.sampled_from(
@@ -652,7 +652,7 @@ def test_a_tool_call_as_clients_expect_it() -> None:
     assert call.id.startswith("call_")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cuts=st.lists(st.integers(0, 30), max_size=12), stop=st.sampled_from([None, "lo w", "d"]))
 def test_completions_stream_and_whole_agree(cuts: list[int], stop: str | None) -> None:
     tokens = ids("hello world<|end|> 🦊 there<|return|>")
@@ -748,7 +748,7 @@ def test_an_echo_comes_before_the_text(stream: bool) -> None:
         assert texts == [said + "world", said + "world", "hello world", "hello world"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cuts=st.lists(st.integers(0, 30), max_size=12), stop=st.sampled_from(["lo w", "d", "x"]))
 def test_a_stop_string_may_be_shown(cuts: list[int], stop: str) -> None:
     made = outputs("cmpl-1", ids("hello world"), cuts, "length")

@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn) -> tuple[ExpertLoad, int, int, int]:
 
 
 @given(cases())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_every_placement_is_right_and_none_is_worse(
     case: tuple[ExpertLoad, int, int, int],
 ) -> None:

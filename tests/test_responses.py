@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
@@ -301,7 +301,7 @@ def replaced(draw: st.DrawFn, value: Any) -> Any:
     return draw(JSON)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_is_sent_is_understood_or_refused(data: st.DataObject) -> None:
     body = data.draw(st.composite(lambda draw: replaced(draw, VALID))())
@@ -374,7 +374,7 @@ def fold(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return output
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     cuts=st.lists(st.integers(0, 90), max_size=30),
     transcript=st.sampled_from([CALLING, SEVERAL, SAYING + "hello 🦊<|return|>", "", "x", SAYING]),
@@ -578,15 +578,15 @@ def test_what_may_be_included_may_be_asked_for_later(front: Front) -> None:
         with pytest.raises(official.BadRequestError, match=r"file_search_call\.results") as caught:
             ask(made.id, include=["file_search_call.results"])
         assert caught.value.param == "include"
-    url = f"{front.url}/v1/responses/{made.id}"
+    path = f"/v1/responses/{made.id}"
     key = {"authorization": "Bearer alice"}
     for query in (
         f"include={include[0]}&stream=false",
         f"include={include[0]}&include[]={include[1]}",
     ):
-        assert httpx.get(f"{url}?{query}", headers=key).json()["id"] == made.id
+        assert front.get(f"{path}?{query}", headers=key).json()["id"] == made.id
     for query in (f"stream=true&include={include[0]}", "stream=", "include=", "starting_after=1"):
-        answer = httpx.get(f"{url}?{query}", headers=key)
+        answer = front.get(f"{path}?{query}", headers=key)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == query.partition("=")[0]
 
@@ -634,7 +634,7 @@ def test_a_late_stream_ends_with_typed_events(front: Front) -> None:
         body = {"input": "a", "stream": True, "ignore_eos": True, "max_output_tokens": 300}
         answer = front.post(
             "/v1/responses", body,
-            headers={"authorization": "Bearer alice", "x-request-timeout": "1"},
+            headers={"authorization": "Bearer alice", "x-request-timeout": "3"},
         )  # fmt: skip
     finally:
         front.runner.pause = 0.0
@@ -650,20 +650,25 @@ def test_a_late_stream_ends_with_typed_events(front: Front) -> None:
 
 
 def test_a_deadline_while_it_is_stored_is_no_silent_end(front: Front) -> None:
-    front.store, store = Asleep(), front.store
+    asleep = Asleep()
+    front.store, store = asleep, front.store
     try:
-        headers = {"authorization": "Bearer alice", "x-request-timeout": "1"}
+        headers = {"authorization": "Bearer alice", "x-request-timeout": "3"}
         body = {"input": "a", "stream": True, "max_output_tokens": 3}
         answer = front.post("/v1/responses", body, headers=headers)
     finally:
+        asleep.wake.set()
         front.store = store
     assert "event: response.failed" in answer.text
     assert "response.incomplete" not in answer.text
 
 
 class Asleep:
+    def __init__(self) -> None:
+        self.wake = threading.Event()
+
     def put(self, kept: Kept, now: float) -> bool:
-        time.sleep(2)
+        self.wake.wait(DEADLINE)
         return False
 
 

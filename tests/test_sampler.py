@@ -40,7 +40,6 @@ def logits(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 1000), k=st.integers(1, 60), p=st.floats(0.01, 0.999))
 def test_filters_keep_what_the_definition_keeps(seed: int, k: int, p: float) -> None:
     scores = logits(1, seed)[0]
@@ -120,7 +119,6 @@ def test_frequencies(how: dict[str, Any]) -> None:
     assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
-@settings(deadline=None)
 @given(
     order=st.permutations(range(6)),
     seeds=st.lists(st.integers(-(2**62), 2**62), min_size=6, max_size=6),
@@ -190,7 +188,7 @@ def test_bias() -> None:
     assert draw(sampler({"temperature": 0.0}), rows[1:]) == [int(rows[1].argmax())]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     known=st.lists(st.integers(0, VOCABULARY - 1), min_size=10, max_size=30),
     repetition=st.sampled_from([1.0, 1.3, 0.7]),

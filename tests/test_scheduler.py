@@ -348,7 +348,6 @@ def run_machine(examples: int, steps: int, phases: tuple[Phase, ...]) -> None:
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
             phases=phases,
             print_blob=True,

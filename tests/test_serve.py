@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,8 +23,9 @@ from openai import APIStatusError, BadRequestError, OpenAI, pydantic_function_to
 from pydantic import BaseModel, Field
 
 from cluster.keys import sha256
+from cluster.service import free_ports
 from tests.front import head
-from tests.service import DEADLINE, ROOT, Service, free_port
+from tests.service import DEADLINE, ROOT, START, Service, folders, told
 from workers.hub import BUNDLED
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -484,7 +486,8 @@ def test_a_killed_ingress_is_replaced_and_what_comes_meanwhile_gets_a_typed_answ
     service: Service,
 ) -> None:
     family = service.family()
-    (ingress,) = [p for p in family if p.cmdline()[:1] == ["ray::ServeReplica:moeray:ingress"]]
+    lines = told(family, lambda p: (p, p.cmdline()[:1]))
+    (ingress,) = [p for p, line in lines if line == ["ray::ServeReplica:moeray:ingress"]]
     ingress.kill()
     statuses: list[int] = []
 
@@ -501,7 +504,7 @@ def test_a_killed_ingress_is_replaced_and_what_comes_meanwhile_gets_a_typed_answ
 
     service.until(answered)
     assert {*statuses} <= {200, 503}
-    service.until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
+    service.until(lambda: httpx.get(f"{service.url}/ready", timeout=DEADLINE).status_code == 200)
 
 
 def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> None:
@@ -528,9 +531,17 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
         assert "without HAProxy" in service.said()
         driver = psutil.Process(service.process.pid)
         family = service.family()
-        assert not [p for p in [driver, *family] if "sesame" in " ".join(p.cmdline())]
-        assert not [p for p in family if "sesame" in str(p.environ())]
-        (home,) = {Path(p.cwd()).parent for p in family if "moeray-" in p.cwd()}
+        commands = told([driver, *family], psutil.Process.cmdline)
+        (node,) = [command for command in commands if "".join(command[:1]).endswith("/raylet")]
+        ports = [re.fullmatch(r"--(metrics|runtime|dashboard).*[-_]port=(\d+)", w) for w in node]
+        assert len([port for port in ports if port and port[2] != "0"]) == 4, (
+            "Ray's node ends if its agents take longer than 15 s to say theirs"
+        )
+        assert not [command for command in commands if "sesame" in " ".join(command)]
+        environments = told(family, psutil.Process.environ)
+        assert environments
+        assert not [each for each in environments if "sesame" in str(each)]
+        (home,) = {cwd.parent for cwd in folders(family) if "moeray-" in str(cwd)}
         written = [path for path in home.rglob("*") if path.is_file()]
         assert written
         assert not [path for path in written if b"sesame" in path.read_bytes()]
@@ -565,7 +576,7 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path, flags: list[str], says: str) -> None:
     service = Service(tmp_path, "--device", "cpu", *flags)
     try:
-        assert service.process.wait(DEADLINE) == 1
+        assert service.process.wait(START) == 1
     finally:
         service.stop()
     assert says in service.said()
@@ -577,7 +588,7 @@ def test_preflight_refuses_before_ray_starts(tmp_path: Path, monkeypatch: Any) -
     from workers.config import ModelSpec, ServiceConfig
     from workers.hub import NoModel
 
-    port = free_port()
+    port = free_ports(1)[0]
     spec, vocab_size = service.preflight(ServiceConfig(models=(ModelSpec(),), port=port))
     assert (spec.model, spec.served_model_name) == (str(BUNDLED), "tiny-oss")
     assert vocab_size > 0

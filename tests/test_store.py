@@ -80,7 +80,7 @@ def test_a_circle_of_responses_ends(one: Store) -> None:
     assert one.chain("a", "", 0) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     steps=st.lists(
         st.tuples(

@@ -52,7 +52,7 @@ def tokenizer_of(text: Text) -> Tokenizer:
     return Tokenizer.from_file(str(text.directory / "tokenizer.json"))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data(), skip=st.booleans())
 def test_deltas_add_up_to_the_decoded_text(text: Text, data: st.DataObject, skip: bool) -> None:
     oracle = tokenizer_of(text)
@@ -71,7 +71,7 @@ def test_deltas_add_up_to_the_decoded_text(text: Text, data: st.DataObject, skip
     assert text.decode(ids, skip) == whole
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(words=st.text(max_size=60))
 def test_text_comes_back_and_no_delta_holds_half_a_character(words: str) -> None:
     text = _byte_level()
@@ -194,7 +194,7 @@ FRAGMENTS = st.one_of(
 HOSTILE = st.lists(FRAGMENTS, max_size=8).map("".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(a=HOSTILE, b=HOSTILE, name=HOSTILE, effort=HOSTILE)
 @pytest.mark.parametrize("template", [vocabularies.HARMONY_TEMPLATE, HOSTILE_TEMPLATE])
 def test_no_content_can_add_a_control_token(
@@ -221,7 +221,7 @@ def test_no_content_can_add_a_control_token(
     assert control(a, b, name, effort) == control("x", "y", "z", "w")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(words=HOSTILE)
 def test_hostile_text_is_kept_as_text(words: str) -> None:
     text = _byte_level()
@@ -349,7 +349,7 @@ def _naive_stop(whole: str, stops: list[str]) -> tuple[str, str | None]:
     return whole, None
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(
     whole=st.text("ab.", max_size=14),
     stops=st.lists(st.text("ab.", min_size=1, max_size=5), max_size=4),

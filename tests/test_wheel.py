@@ -24,7 +24,7 @@ def test_the_wheel_serves_from_another_folder(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", built, source],
         check=True,
-        timeout=240,
+        timeout=500,
     )
     (wheel,) = built.glob("moeray-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -42,7 +42,7 @@ def test_the_wheel_serves_from_another_folder(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.stdout == "42\n", done.stderr

@@ -43,7 +43,7 @@ DEADLINE = 120.0  # seconds of a round, and of a rank's silence; as long as a co
 MEET = 120.0  # seconds for all ranks to come
 BEAT = 1.0  # seconds between signs of life, at most
 HANDSHAKE = 5.0  # seconds a connection has to say who it is
-GRACE = 1.0  # seconds in which others are known to be lost, when a step fails because of them
+GRACE = 3.0  # seconds in which others are known to be lost, when a step fails because of them
 MAX_FRAME = 1 << 20  # bytes
 
 log = logging.getLogger(__name__)

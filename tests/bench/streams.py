@@ -145,7 +145,7 @@ def plain(together: int) -> Any:
 @contextmanager
 def cluster() -> Iterator[tuple[str, Callable[[int], None]]]:
     """The URL of a HAProxy, and what deploys both applications behind it for an interval."""
-    (port,) = service._free_ports(1)
+    (port,) = service.free_ports(1)
     config = ServiceConfig(models=(ModelSpec(served_model_name="bench"),), port=port)
     spec, vocab_size = service.preflight(config)
     with service._home() as home:

@@ -34,7 +34,7 @@ class Paged:
     paged_attention = staticmethod(attention.paged_attention)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     dtype=st.sampled_from(list(TOLERANCE)),
     rows=st.lists(
@@ -78,7 +78,7 @@ def test_attention(
     )
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(**BATCHES)
 def test_rows_never_depend_on_their_batch(
     others: list[int], window: int, cuts: list[int], kv_dtype: torch.dtype | None

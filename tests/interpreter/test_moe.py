@@ -83,7 +83,7 @@ def test_packed_words_hold_every_number() -> None:
         pack(MXFP4(blocks, torch.full_like(scales, 129)))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     dtype=st.sampled_from(list(TOLERANCE)),
     tokens=st.sampled_from([1, 2, 17, 63]),

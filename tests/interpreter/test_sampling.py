@@ -63,7 +63,7 @@ def test_noise_has_the_same_integers_and_nearly_the_same_floats() -> None:
     assert (np.abs(noise.numpy() - cpu) <= 2 * unit).all()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     vocab=st.sampled_from([1, 17, 63, 1100]),
