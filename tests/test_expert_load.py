@@ -29,7 +29,7 @@ from parallelism.placement import (
 )
 from tests.checkpoints import tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
-from tests.service import free_port
+from tests.service import free_ports
 from workers.config import ModelSpec, ServiceConfig
 from workers.rank import Rank
 from workers.recording import Recording, nothing
@@ -243,7 +243,7 @@ def test_a_placement_that_cannot_be_served_is_refused_before_ray_starts(
     asked = ModelSpec(**(TWO | {"model": str(CHECKPOINT), "expert_placement": str(file)} | spec))
     said = f"--expert-placement {asked.expert_placement}: .*{sentence}"
     with pytest.raises(PlacementError, match=said):
-        service.preflight(ServiceConfig(models=(asked,), port=free_port()))
+        service.preflight(ServiceConfig(models=(asked,), port=free_ports(1)[0]))
     with pytest.raises(PlacementError, match=said):
         Rank(asked)
 
@@ -303,7 +303,7 @@ def test_the_command_makes_the_path_absolute(
     assert done.exit_code == 0, done.stderr
     assert asked[0].models[0].expert_placement == str(tmp_path / "p.json")
     monkeypatch.undo()
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     done = CliRunner().invoke(app, ["serve", "--expert-placement", str(RECORDED), "--port", port])
     assert done.exit_code == 1
     assert "one rank holds all experts" in " ".join(done.stderr.split())
