@@ -53,23 +53,22 @@ STRENGTH = 1.0  # of preferences; logits have a standard deviation of 0.3
 
 @dataclass(frozen=True)
 class Grid:
-    """``engines`` of ``ranks`` processes each."""
+    """``engines`` of ``ranks`` processes each, of one thread each."""
 
     engines: int
     ranks: int
     expert_parallel: bool = True
-    threads: int = 1
 
     @property
     def name(self) -> str:
         if self.engines == self.ranks == 1:
-            return "one process" + (f", {self.threads} threads" if self.threads > 1 else "")
+            return "one process"
         how = "EP" if self.expert_parallel else "TP only"
         return f"{self.engines}x{self.ranks} {how}"
 
 
 ONE, TENSOR, PAIR, SQUARE = Grid(1, 1), Grid(1, 2, False), Grid(2, 1), Grid(2, 2)
-GRIDS = (ONE, replace(ONE, threads=2), TENSOR, Grid(1, 2), PAIR, SQUARE)
+GRIDS = (ONE, TENSOR, Grid(1, 2), PAIR, SQUARE)
 
 
 @dataclass(frozen=True)
@@ -333,10 +332,8 @@ class Seat:
         return times
 
 
-def _main(
-    spec: ModelSpec, at: tuple[int, int], threads: int, placed: Any, port: int, pipe: Connection
-) -> None:
-    torch.set_num_threads(threads)
+def _main(spec: ModelSpec, at: tuple[int, int], placed: Any, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
     try:
         store = dist.TCPStore(HOST, port, None, is_master=False)
         seat = Seat(spec, at, placed, store)
@@ -396,9 +393,7 @@ def ranks(grid: Grid, directory: Path, placed: tuple[Places, ...] | None = None)
     try:
         for at in [(d, r) for d in range(grid.engines) for r in range(grid.ranks)]:
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_main, args=(spec, at, grid.threads, placed, store.port, theirs)
-            )
+            process = context.Process(target=_main, args=(spec, at, placed, store.port, theirs))
             process.start()
             theirs.close()
             pipes.append(ours)
