@@ -118,8 +118,8 @@ def test_figures_on_paper() -> None:
     )
     assert paper.distinct(512) == 4
     assert (paper.ROW.out, paper.ROW.back) == (5792, 5760)
-    # An expert has 24,883,200 weights of 4.25 bits: 13,219,200 bytes, 3.946 us on an H100; a token's
-    # 49,766,400 operations take 0.05032 us: as long with 78.4 tokens.
+    # An expert has 24,883,200 weights of 4.25 bits: 13,219,200 bytes, 3.946 us on an H100;
+    # a token's 49,766,400 operations take 0.05032 us: as long with 78.4 tokens.
     assert paper.compute_bound(paper.H100, 8) == pytest.approx(78.42 * 16 / 4, rel=1e-3)
     assert paper.experts_cost(8, 10_000).bytes == pytest.approx(16 * 13_219_200)
     assert paper.experts_cost(512, 1).bytes == pytest.approx(
