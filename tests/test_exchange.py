@@ -67,14 +67,16 @@ class Threads(Group):
 
 
 def on_threads(
-    layouts: Sequence[Layout], run: Callable[[Layout, Threads], Any]
+    layouts: Sequence[Layout],
+    run: Callable[[Layout, Threads], Any],
+    kind: type[Threads] = Threads,
 ) -> list[tuple[Any, int]]:
     """What ``run`` gives on every rank, and how many rows it sent."""
     world = Table(len(layouts))
     engines = [Table(layout.tp) for layout in layouts[:: layouts[0].tp]]
 
     def one(layout: Layout) -> tuple[Any, int]:
-        group = Threads(layout, world, engines[layout.dp_rank])
+        group = kind(layout, world, engines[layout.dp_rank])
         return run(layout, group), group.sent
 
     with ThreadPoolExecutor(len(layouts)) as pool:

@@ -28,7 +28,7 @@ import psutil
 import torch
 import typer
 
-from tests.bench import load, planning, streams
+from tests.bench import experts, load, planning, row, streams, table
 from tests.bench.models import MEDIUM, SMALL, VOCAB, Size, build, transformers_rate
 
 ROOT = Path(__file__).parents[2]
@@ -66,14 +66,6 @@ def moeray(model: Path | None, *flags: str) -> Iterator[tuple[str, psutil.Proces
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(120)
-
-
-def row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def table(head: list[str], rows: list[str]) -> list[str]:
-    return [row(*head), row(*["---"] * len(head)), *rows, ""]
 
 
 async def measure(url: str, model: str) -> dict[int, load.Load]:
@@ -198,7 +190,9 @@ def paced_streams() -> list[str]:
 
 def main(
     server: Annotated[list[str] | None, typer.Option(help="NAME=MODEL=URL of a peer")] = None,
-    only: Annotated[str, typer.Option(help="small, medium, planning, chunks or streams")] = "",
+    only: Annotated[
+        str, typer.Option(help="small, medium, planning, chunks, streams or experts")
+    ] = "",
     threads: Annotated[int, typer.Option(help="threads on both sides")] = 2,
 ) -> None:
     """Measure, print, and write docs/benchmarks.md (only when nothing is left out)."""
@@ -218,6 +212,8 @@ def main(
             lines += ["## Around the model", "", *around_the_model(threads)]
         if only in ("", "streams"):
             lines += ["## Streams", "", *paced_streams()]
+        if only == "experts":  # its tables are those of docs/expert-parallel.md
+            lines += ["## Expert parallelism", "", *experts.report(Path(folder))]
         if only in ("", "small", "medium"):
             lines += ["## Serving, prompt 128, output 128", ""]
         for size in (SMALL, MEDIUM):

@@ -20,6 +20,7 @@ class Size:
     kv_heads: int
     experts: int
     intermediate: int
+    vocabulary: int = VOCAB
 
 
 SMALL = Size("small", 256, 8, 8, 2, 16, 256)
@@ -39,7 +40,8 @@ def build(size: Size, directory: Path) -> Path:
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0, 0.02, generator=draw).to(torch.bfloat16)
 
-    tensors = {"model.embed_tokens.weight": normal(VOCAB, h), "lm_head.weight": normal(VOCAB, h)}
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {end: normal(size.vocabulary, h) for end in ends}
     tensors["model.norm.weight"] = torch.ones(h, dtype=torch.bfloat16)
     for layer in range(size.layers):
         at = f"model.layers.{layer}."
@@ -66,7 +68,7 @@ def build(size: Size, directory: Path) -> Path:
             {
                 "architectures": ["GptOssForCausalLM"],
                 "model_type": "gpt_oss",
-                "vocab_size": VOCAB,
+                "vocab_size": size.vocabulary,
                 "hidden_size": h,
                 "intermediate_size": inter,
                 "num_hidden_layers": size.layers,
