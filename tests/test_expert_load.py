@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from cluster import service
 from cluster.cli import app
 from cluster.llm import LLM
+from cluster.service import free_ports
 from deploy.tiny_oss.evaluate import held_out
 from deploy.tiny_oss.tasks import CHECKPOINT, TASKS, render
 from parallelism.placement import (
@@ -29,7 +30,6 @@ from parallelism.placement import (
 )
 from tests.checkpoints import tiny_gpt_oss
 from tests.engines import Engine, greedy, prompts
-from tests.service import free_ports
 from workers.config import ModelSpec, ServiceConfig
 from workers.rank import Rank
 from workers.recording import Recording, nothing

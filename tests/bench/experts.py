@@ -31,7 +31,6 @@ from parallelism import exchange, placement
 from parallelism.exchange import Exchange, Routed, Sent
 from parallelism.experts import Slots
 from parallelism.group import Group
-from parallelism.layout import Places
 from tests.bench import row, table
 from tests.bench.load import prompt
 from tests.bench.models import SMALL, build
@@ -177,12 +176,12 @@ class WatchedExchange(Exchange):
         self._given: list[tuple[Slots, Tensor]] = []
 
     def dispatch(
-        self, where: Slots, h: Tensor, ids: Tensor, weights: Tensor
+        self, where: Slots, h: Tensor, slots: Tensor, weights: Tensor
     ) -> tuple[Sent, Routed]:
         assert isinstance(self._group, WatchedGroup)
-        self._given.append((where, ids))
+        self._given.append((where, slots))
         self._group.verb, begin = "dispatch", time.monotonic()
-        result = super().dispatch(where, h, ids, weights)
+        result = super().dispatch(where, h, slots, weights)
         self.layers.append(Layer([begin, time.monotonic()]))
         return result
 
@@ -197,16 +196,16 @@ class WatchedExchange(Exchange):
     def take(self) -> list[Layer]:
         """What was noted since the last time."""
         if self._layout.dp > 1:
-            for layer, (where, ids) in zip(self.layers, self._given, strict=True):
-                layer.rows = self._needed(where, ids)
+            for layer, given in zip(self.layers, self._given, strict=True):
+                layer.rows = self._needed(*given)
         taken, self.layers, self._given = self.layers, [], []
         return taken
 
-    def _needed(self, where: Slots, ids: Tensor) -> int:
+    def _needed(self, where: Slots, slots: Tensor) -> int:
         layout = self._layout
-        each = -(-len(ids) // layout.tp)
-        mine = ids[layout.rank * each : (layout.rank + 1) * each]
-        ranks = [{*row} for row in where.owners(where(mine)).tolist()]
+        each = -(-len(slots) // layout.tp)
+        mine = slots[layout.rank * each : (layout.rank + 1) * each]
+        ranks = [{*row} for row in where.owners(mine).tolist()]
         return sum(len(row - {layout.ep_rank, layout.world}) for row in ranks)
 
 
@@ -233,7 +232,7 @@ class Seen:
 class Seat:
     """A rank's process."""
 
-    def __init__(self, spec: ModelSpec, at: tuple[int, int], placed: Any, store: Any) -> None:
+    def __init__(self, spec: ModelSpec, at: tuple[int, int], store: Any) -> None:
         self._engines, self._at = spec.data_parallel_size, at
         self._alone = self._engines * spec.tensor_parallel_size == 1
         with (
@@ -241,7 +240,7 @@ class Seat:
             mock.patch("workers.model.Exchange", WatchedExchange),
         ):
             engine, rank = at
-            self._rank = Rank(spec, rank, engine, placed)
+            self._rank = Rank(spec, rank, engine)
             plan = self._rank.plan(self._rank.load(None if self._alone else store).free_bytes)
             self._runner = self._rank.allocate(plan)
         self._scheduler = self._rank.scheduler(plan)
@@ -332,11 +331,11 @@ class Seat:
         return times
 
 
-def _main(spec: ModelSpec, at: tuple[int, int], placed: Any, port: int, pipe: Connection) -> None:
+def _main(spec: ModelSpec, at: tuple[int, int], port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     try:
         store = dist.TCPStore(HOST, port, None, is_master=False)
-        seat = Seat(spec, at, placed, store)
+        seat = Seat(spec, at, store)
         pipe.send("ready")
         with contextlib.ExitStack() as stack:
             while (asked := pipe.recv()) is not None:
@@ -373,8 +372,8 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks(grid: Grid, directory: Path, placed: tuple[Places, ...] | None = None) -> Iterator[Ranks]:
-    """A grid's processes, ready."""
+def ranks(grid: Grid, directory: Path, placed: str = "") -> Iterator[Ranks]:
+    """A grid's processes, ready; ``placed`` is a file."""
     spec = ModelSpec(
         model=str(directory),
         device="cpu",
@@ -387,13 +386,14 @@ def ranks(grid: Grid, directory: Path, placed: tuple[Places, ...] | None = None)
         tensor_parallel_size=grid.ranks,
         data_parallel_size=grid.engines,
         enable_expert_parallel=grid.expert_parallel,
+        expert_placement=placed,
     )
     store = dist.TCPStore(HOST, 0, None, is_master=True, wait_for_workers=False)
     context, pipes, processes = mp.get_context("spawn"), [], []
     try:
         for at in [(d, r) for d in range(grid.engines) for r in range(grid.ranks)]:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(spec, at, placed, store.port, theirs))
+            process = context.Process(target=_main, args=(spec, at, store.port, theirs))
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -591,7 +591,9 @@ def skewed(directory: Path, repeats: int) -> Iterator[str]:
     named |= {f"balanced, {n} redundant": placement.place(load, 2, n) for n in (0, 1)}
     for _ in range(repeats):
         for name, placed in named.items():
-            with ranks(PAIR, directory, placed.layers) as started:
+            file = directory / f"{name}.placement.json"
+            file.write_bytes(msgspec.json.encode(placed))
+            with ranks(PAIR, directory, str(file)) as started:
                 for work in works:
                     run(started, measured, name, work)
     yield from table(
