@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -532,11 +531,6 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
         driver = psutil.Process(service.process.pid)
         family = service.family()
         commands = told([driver, *family], psutil.Process.cmdline)
-        (node,) = [command for command in commands if "".join(command[:1]).endswith("/raylet")]
-        ports = [re.fullmatch(r"--(metrics|runtime|dashboard).*[-_]port=(\d+)", w) for w in node]
-        assert len([port for port in ports if port and port[2] != "0"]) == 4, (
-            "Ray's node ends if its agents take longer than 15 s to say theirs"
-        )
         assert not [command for command in commands if "sesame" in " ".join(command)]
         environments = told(family, psutil.Process.environ)
         assert environments
