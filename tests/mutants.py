@@ -16,6 +16,8 @@ COMPANY = "tests/test_model.py::test_a_tokens_logits_never_depend_on_its_company
 TWO_RANKS = "tests/test_parallel.py::test_tokens_equal_those_of_one_process[2]"
 FOUR_RANKS = "tests/test_parallel.py::test_tokens_equal_those_of_one_process[4]"
 EXCHANGE = "tests/test_exchange.py::test_tokens_come_back_as_if_computed_in_one_place"
+NORMS = "tests/test_kernels.py::test_norms_round_once"
+SPLITS = "tests/interpreter/test_attention.py::test_attention"
 SHARES = "tests/test_weights.py::test_ranks_read_their_share_and_no_more"
 
 
@@ -28,7 +30,31 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    # Norms.
+    Mutant(
+        "kernels/reference.py",
+        "(y.to(x.dtype) * weight if round_first else y * weight)",
+        "(y * weight if round_first else y.to(x.dtype) * weight)",
+        NORMS,
+        "gpt-oss multiplies by the weight before it rounds",
+    ),
+    Mutant(
+        "kernels/cpu.py",
+        "return F.rms_norm(x, weight.shape, weight, eps)",
+        "return F.rms_norm(x, weight.shape, None, eps) * weight",
+        NORMS,
+        "the same on a CPU",
+    ),
     # Attention.
+    Mutant(
+        "kernels/attention.py",
+        """* 1.4426950408889634
+        norm = tl.full([ROWS], 1.0, tl.float32)""",
+        """* 1.4426950408889634
+        norm = tl.full([ROWS], 1.0, tl.float32) * splits""",
+        SPLITS,
+        "where keys are split, the sink counts once",
+    ),
     Mutant(
         "kernels/reference.py",
         "sink = sinks.float()[:, None, None]",
@@ -192,6 +218,13 @@ MUTANTS = (
         BF16,
         "bf16 matrices are stored [in, out]",
     ),
+    Mutant(
+        "kernels/reference.py",
+        "gate, up = x[..., 0::2].float(), x[..., 1::2].float()",
+        "up, gate = x[..., 0::2].float(), x[..., 1::2].float()",
+        REFERENCE,
+        "gate comes before up",
+    ),
     # MXFP4.
     Mutant(
         "kernels/mxfp4.py",
@@ -201,6 +234,13 @@ MUTANTS = (
         "the low nibble comes first",
     ),
     Mutant("kernels/mxfp4.py", "[..., None] - 127", "[..., None] - 128", MXFP4, "the scales' bias"),
+    Mutant(
+        "kernels/mxfp4.py",
+        "packed.scales.to(torch.int32)[..., None]",
+        "packed.scales.to(torch.int32).roll(1, -2)[..., None]",
+        MXFP4,
+        "blocks run along the input: a scale belongs to its own row",
+    ),
     Mutant(
         "kernels/mxfp4.py",
         "_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)",

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 from tests.mutants import MUTANTS, Mutant
@@ -20,6 +21,7 @@ from tests.mutants import MUTANTS, Mutant
 ROOT = Path(__file__).parents[1]
 COPIED = ("cluster", "workers", "kernels", "parallelism", "deploy", "tests")
 WORKERS = 2  # copies that run at once
+INTERPRETER = "tests/interpreter/"  # its tests need a process of their own
 
 
 def copy(to: Path) -> Path:
@@ -30,13 +32,18 @@ def copy(to: Path) -> Path:
     return to
 
 
+def _interpreted(test: str) -> bool:
+    return test.startswith(INTERPRETER)
+
+
 def run(tests: list[str], where: Path) -> tuple[int, str]:
     """pytest's exit code and output, in a copy."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
         cwd=where,
         env=os.environ
-        | {"PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        | {"PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        | {"TRITON_INTERPRET": str(int(_interpreted(tests[0])))},
         capture_output=True,
         text=True,
         timeout=1800,  # pytest ends a test that hangs sooner
@@ -66,11 +73,12 @@ def verdict(mutant: Mutant, where: Path) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moeray-mutants-") as folder:
         copies = [copy(Path(folder) / str(at)) for at in range(WORKERS)]
-        tests = sorted({mutant.test for mutant in MUTANTS})
-        code, output = run(tests, copies[0])
-        if code:
-            print(f"without mutants the tests fail already:\n{output[-4000:]}")
-            return 1
+        tests = sorted({mutant.test for mutant in MUTANTS}, key=_interpreted)
+        for _, together in groupby(tests, _interpreted):
+            code, output = run([*together], copies[0])
+            if code:
+                print(f"without mutants the tests fail already:\n{output[-4000:]}")
+                return 1
         began = time.monotonic()
 
         def share(at: int) -> list[tuple[Mutant, str]]:

@@ -267,6 +267,21 @@ def test_norms_and_linear(dtype: torch.dtype) -> None:
         close(ops.linear(x, matrix, bias), F.linear(x.double(), matrix.double(), bias.double()))
 
 
+def test_norms_round_once() -> None:
+    """gpt-oss multiplies by the weight in fp32; rounding before that changes many bits."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 256, generator=draw).mul(3).bfloat16()
+    weight = torch.rand(256, generator=draw).bfloat16()
+    wide = x.float() * (x.float().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    once, twice = (wide * weight.float()).bfloat16(), wide.bfloat16() * weight
+    assert (once != twice).float().mean() > 0.1
+    for home in ("reference", "cpu"):
+        ops = choose(home, CPU, Shapes(torch.bfloat16, 4, 2, 16))
+        assert torch.equal(ops.rms_norm(x, weight, 1e-5), once)
+        assert torch.equal(ops.add_rms_norm(x, torch.zeros_like(x), weight, 1e-5)[0], once)
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5, round_first=True), twice)
+
+
 def test_rope_turns_pairs_of_halves() -> None:
     draw = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 5, 4, 16, generator=draw)
