@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -252,6 +251,18 @@ def serve(
     )
     from cluster import service
 
+    bar = _loading_bar()
+    task = bar.add_task("", total=None)
+
+    def loading(done: int, size: int) -> None:
+        if 0 < done < size:
+            bar.start()
+            bar.update(task, completed=done, total=size)
+
+    def ready(url: str, engines: list[dict[str, Any]]) -> None:
+        bar.stop()
+        _ready(not model, url, engines)
+
     try:
         service.serve(
             ServiceConfig(
@@ -266,10 +277,13 @@ def serve(
                 response_store=_absolute(response_store),
                 expert_load=_absolute(expert_load),
             ),
-            on_ready=partial(_ready, not model),
+            on_ready=ready,
+            on_loading=loading,
         )
     except (ValueError, service.StartupError) as error:
         fail(error)
+    finally:
+        bar.stop()
 
 
 @app.command()
@@ -331,14 +345,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     try:
-        with Progress(
-            "Loading weights",
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            console=say,
-            transient=True,
-        ) as bar:
+        with _loading_bar() as bar:
             task = bar.add_task("", total=None)
             llm = LLM(
                 **msgspec.structs.asdict(spec),
@@ -419,6 +426,11 @@ def _api_keys() -> tuple[ApiKey, ...]:
 
     secrets = [key.strip() for key in os.environ.pop(API_KEY, "").split(",")]
     return tuple(given(secret) for secret in dict.fromkeys(filter(None, secrets)))
+
+
+def _loading_bar() -> Progress:
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    return Progress("Loading weights", *columns, console=say, transient=True)
 
 
 def _ready(bundled: bool, url: str, engines: list[dict[str, Any]]) -> None:

@@ -62,12 +62,14 @@ class StartupError(RuntimeError):
 def serve(
     config: ServiceConfig,
     on_ready: Callable[[str, list[dict[str, Any]]], None] = lambda url, engines: None,
+    on_loading: Callable[[int, int], None] = lambda done, size: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return with nothing left behind.
 
-    ``on_ready`` gets the URL and what ``/status`` says of each engine. A second signal ends the
-    draining. Must run in the main thread. Raises StartupError, and ValueError for a model that
-    cannot be.
+    ``on_loading`` gets the bytes of weights that the first ranks of all engines have read, of so
+    many, now and then; ``on_ready`` the URL and what ``/status`` says of each engine. A second
+    signal ends the draining. Must run in the main thread. Raises StartupError, and ValueError for
+    a model that cannot be.
     """
     spec, vocab_size = preflight(config)
     stop, hurry = threading.Event(), threading.Event()
@@ -81,7 +83,7 @@ def serve(
             catch_signals()  # Ray has put its own handlers in place
             spec = _place(spec, ray.cluster_resources())
             store = _store(config.response_store or str(home / "responses.db"))
-            _run(config, spec, vocab_size, store, stop, hurry, on_ready)
+            _run(config, spec, vocab_size, store, stop, hurry, on_ready, on_loading)
         finally:
             ray.shutdown()
             _reap()
@@ -319,6 +321,7 @@ def _run(
     stop: threading.Event,
     hurry: threading.Event,
     on_ready: Callable[[str, list[dict[str, Any]]], None],
+    on_loading: Callable[[int, int], None],
 ) -> None:
     from ray import serve as ray_serve
     from ray.exceptions import RayError
@@ -341,7 +344,7 @@ def _run(
             wait_for_applications_running=False,
             wait_for_ingress_deployment_creation=False,
         )
-        _wait_until_deployed(config.name, stop)
+        _wait_until_deployed(config.name, stop, on_loading)
         url = _url(config)
         if not stop.is_set():
             engines = config.replicas * spec.data_parallel_size
@@ -442,19 +445,43 @@ def _version() -> str:
         return "unknown"  # run from its source, without having been installed
 
 
-def _wait_until_deployed(name: str, stop: threading.Event) -> None:
+def _wait_until_deployed(
+    name: str, stop: threading.Event, on_loading: Callable[[int, int], None]
+) -> None:
     """Loading takes as long as it takes; a failure ends the waiting at once."""
     from ray import serve as ray_serve
 
     while not stop.wait(POLL):
         application = ray_serve.status().applications.get(name)
         if application is None or application.status in ("DEPLOYING", "NOT_STARTED"):
+            on_loading(*_loaded(name))
             continue
         if application.status == "RUNNING":
             return
         messages = [application.message]
         messages += [deployment.message for deployment in application.deployments.values()]
         raise StartupError(_sentence("\n".join(messages)))
+
+
+def _loaded(name: str) -> tuple[int, int]:
+    """Bytes of weights that the engines' first ranks have read, of so many."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import list_named_actors
+
+    asked = []
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["name"].startswith(f"{name}/"):
+            with contextlib.suppress(ValueError):  # it has ended
+                rank = ray.get_actor(actor["name"], namespace=actor["namespace"])
+                asked.append(rank.loaded.remote())
+    found, _ = ray.wait(asked, num_returns=len(asked), timeout=POLL) if asked else ([], [])
+    done = size = 0
+    for each in found:
+        with contextlib.suppress(RayError):
+            one, of = ray.get(each)
+            done, size = done + one, size + of
+    return done, size
 
 
 def _sentence(messages: str) -> str:

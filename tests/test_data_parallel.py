@@ -196,6 +196,17 @@ def test_who_comes_late_is_not_held_up_by_the_load_that_waits_for_it() -> None:
     asyncio.run(meet())
 
 
+def test_a_rank_tells_how_much_it_has_loaded() -> None:
+    async def load() -> tuple[tuple[int, int], int]:
+        rank = RankActor(ModelSpec(model=str(BUNDLED), device="cpu"), 0, 0, KEY, 1)
+        assert await rank.loaded() == (0, 0)
+        report = await rank.load(await rank.meet(HOST), await rank.lead(HOST))
+        return await rank.loaded(), report.weight_bytes
+
+    (done, size), held = asyncio.run(load())
+    assert 0 < held // 4 < done == size <= (BUNDLED / "model.safetensors").stat().st_size
+
+
 def test_a_rank_that_waits_for_a_frozen_one_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.rank.SLICE", timedelta(seconds=0.1))
     rank = Rank(

@@ -86,13 +86,17 @@ class Meeting(NamedTuple):
 
 
 class RankActor:
-    """One rank's process. Work runs in a thread, so that ``ping`` is answered meanwhile."""
+    """One rank's process. Work runs in a thread, so that ``ping`` is answered meanwhile.
+
+    Rank 0 is a named actor: (service)/(gang or replica)/(engine).
+    """
 
     def __init__(self, spec: ModelSpec, rank: int, engine: int, key: bytes, threads: int) -> None:
         # Ray gives actors without whole CPUs one thread. libgomp reads this when torch comes.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._spec, self._rank, self._number, self._key = spec, rank, engine, key
         self._world = spec.data_parallel_size * spec.tensor_parallel_size
+        self._loaded = (0, 0)
         self._failure: str | None = None
         self._engine: Any = None
         self._meeting: Meeting | None = None
@@ -166,7 +170,7 @@ class RankActor:
                 self._follower = Follower(*plans, self._rank, self._key)
             elif self._leader is not None:
                 self._leader.accept(self._spec.tensor_parallel_size - 1, MEET)
-            return core.load(self._store)
+            return core.load(self._store, self._advance)
 
         return await self._together(load)
 
@@ -182,6 +186,13 @@ class RankActor:
                 raise self._member.explain(error) from None
 
         return self._compute(told)
+
+    def _advance(self, done: int, size: int) -> None:
+        self._loaded = done, size
+
+    async def loaded(self) -> tuple[int, int]:
+        """Bytes of weights that were read, of so many."""
+        return self._loaded
 
     async def plan(self, free: int) -> Capacity:
         """The KV pool where every rank has ``free`` bytes for it."""
@@ -290,7 +301,7 @@ class EngineReplica:
 
         context, group = serve.get_replica_context(), ray.util.get_current_placement_group()
         gang = context.gang_context
-        bundle, name = (gang.rank, f"moeray-{gang.gang_id}") if gang else (0, "")
+        bundle, group_id = (gang.rank, gang.gang_id) if gang else (0, context.replica_tag)
         nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
         number = by_node(nodes).index(bundle)
         neighbours = spec.tensor_parallel_size * [*nodes.values()].count(nodes[bundle])
@@ -298,7 +309,7 @@ class EngineReplica:
         self._ranks = [
             ray.remote(RankActor)
             .options(
-                name=(name if rank == number == 0 else "") or None,
+                name=f"{service}/{group_id}/{number}" if rank == 0 else None,
                 num_cpus=0.01,
                 num_gpus=1 if spec.device == "cuda" else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
@@ -307,7 +318,7 @@ class EngineReplica:
             for rank in range(spec.tensor_parallel_size)
         ]
         async with asyncio.timeout(MEET):
-            first = self._ranks[0] if number == 0 else await _named(name)
+            first = self._ranks[0] if number == 0 else await _named(f"{service}/{group_id}/0")
             meeting, plans = await asyncio.gather(
                 first.meet.remote(host), self._ranks[0].lead.remote(host)
             )
