@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -150,20 +149,13 @@ def serve(
     replicas: Annotated[int, typer.Option(help="Not yet above 1.")] = 1,
     autoscale: Annotated[str, typer.Option(metavar="MIN:MAX", help="Not yet.")] = "",
     config: Annotated[str, typer.Option(metavar="FILE", help="Not yet.")] = "",
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="Only who has a key may ask; may be given several times, or as MOERAY_API_KEY "
-            "with commas.",
-        ),
-    ] = None,
     api_key_file: Annotated[
         str,
         typer.Option(
             metavar="FILE",
-            help="More keys: their names, SHA-256 and limits (docs/api.md); read again when it "
-            "changes.",
+            help="Only who has a key may ask. The file has their names, SHA-256 and limits "
+            "(docs/api.md); it is read again when it changes. MOERAY_API_KEY may hold more, with "
+            "commas.",
         ),
     ] = "",
     response_store: Annotated[
@@ -218,8 +210,6 @@ def serve(
         autoscale=autoscale,
         config=config,
     )
-    if api_key:
-        _hide(api_key)
     spec = model_spec(
         model=model,
         served_model_name=served_model_name,
@@ -402,22 +392,6 @@ def status(
 
 def _absolute(file: str) -> str:
     return str(Path(file).expanduser().resolve()) if file else ""
-
-
-def _hide(keys: list[str]) -> NoReturn:
-    """Start again with API keys in the environment: who may list processes could read them in our
-    command line, which Ray also keeps."""
-    if any("," in key for key in keys):
-        fail("an API key may not hold a comma")
-    line, rest = iter(sys.orig_argv[1:]), []
-    for word in line:
-        if word == "--api-key":
-            next(line)
-        elif not word.startswith("--api-key="):
-            rest.append(word)
-    known = [key for key in os.environ.get(API_KEY, "").split(",") if key]
-    os.environ[API_KEY] = ",".join(known + keys)
-    os.execv(sys.executable, [sys.executable, *rest])
 
 
 def _api_keys() -> tuple[ApiKey, ...]:

@@ -35,7 +35,7 @@ import psutil
 from cluster import haproxy, keys
 from cluster.store import Store
 from workers import hub
-from workers.architecture import layout, parse
+from workers.architecture import layout
 from workers.config import ModelSpec, ServiceConfig
 from workers.recording import Recording, nothing, placement
 
@@ -132,11 +132,7 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
     if config.address is None:
         _check_port(config.host, config.port)
     directory = hub.resolve(model.model, model.revision)
-    generation = directory / "generation_config.json"
-    architecture = parse(
-        _read_json(directory / "config.json"),
-        _read_json(generation) if generation.exists() else None,
-    )
+    architecture = hub.architecture(directory)
     name = model.served_model_name or (
         Path(model.model).name if model.model else directory.name.replace("_", "-")
     )
@@ -147,16 +143,6 @@ def preflight(config: ServiceConfig) -> tuple[ModelSpec, int]:
         shape = architecture.num_layers, architecture.num_experts
         Recording(config.expert_load, nothing(directory, name, *shape))
     return model, architecture.vocab_size
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise StartupError(f"{path} must hold a JSON object")
-    return found
 
 
 def _check_port(host: str, port: int) -> None:

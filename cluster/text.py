@@ -10,7 +10,6 @@ whatever pieces and through whatever filters, it stays plain text.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import json
 import re
 import secrets
@@ -22,6 +21,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from cluster.template import ChatTemplate, ChatTemplateError
+from workers.hub import read_json
 
 
 class NoTokenizer(ValueError):
@@ -327,13 +327,8 @@ def _rename(tree: dict[str, Any], private: Mapping[str, str]) -> dict[str, Any]:
     return tree | {"post_processor": None, "truncation": None, "padding": None}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(FileNotFoundError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} must hold a JSON object")
-        return value
-    return {}
+def _read_json(file: Path) -> Mapping[str, Any]:
+    return read_json(file) if file.exists() else {}
 
 
 def _first(value: Any, default: Any) -> Any:

@@ -517,13 +517,11 @@ def test_sigterm_drains_and_leaves_nothing_without_haproxy(tmp_path: Path) -> No
             "cpu",
             "--stream-interval",
             "16",
-            "--api-key",
-            "sesame-1",
             "--api-key-file",
             str(keys),
         ),
         RAY_SERVE_ENABLE_HA_PROXY="0",
-        MOERAY_API_KEY="sesame-2",
+        MOERAY_API_KEY="sesame-1,sesame-2",
     )
     try:
         service.wait_until_ready()
@@ -580,7 +578,7 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path, flags: list[str], 
 def test_preflight_refuses_before_ray_starts(tmp_path: Path, monkeypatch: Any) -> None:
     from cluster import service
     from workers.config import ModelSpec, ServiceConfig
-    from workers.hub import NoModel
+    from workers.hub import CheckpointError, NoModel
 
     port = free_ports(1)[0]
     spec, vocab_size = service.preflight(ServiceConfig(models=(ModelSpec(),), port=port))
@@ -589,7 +587,7 @@ def test_preflight_refuses_before_ray_starts(tmp_path: Path, monkeypatch: Any) -
     with pytest.raises(NoModel):
         service.preflight(ServiceConfig(models=(ModelSpec(model="/nowhere"),), port=port))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(service.StartupError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         service.preflight(ServiceConfig(models=(ModelSpec(model=str(tmp_path)),), port=port))
     with (
         socket.create_server(("127.0.0.1", port)),

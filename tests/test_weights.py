@@ -20,9 +20,10 @@ from parallelism.layers import Place
 from parallelism.layout import Layout
 from tests.checkpoints import tiny_gpt_oss, write_tensors
 from workers.config import ModelSpec
+from workers.hub import CheckpointError, architecture, read_json
 from workers.model import Block, Decoder
-from workers.rank import Rank, architecture, read_json
-from workers.weights import CheckpointError, declared, load, plan, stored_tensors
+from workers.rank import Rank
+from workers.weights import declared, load, plan, stored_tensors
 
 CPU = torch.device("cpu")
 

@@ -197,8 +197,8 @@ def configuration(model: str) -> Architecture:
     CheckpointError, UnsupportedModel."""
     file = Path(model).expanduser()
     if file.is_file():
-        return parse(ranks.read_json(file))
-    return ranks.architecture(hub.resolve(model, weights=False))
+        return parse(hub.read_json(file))
+    return hub.architecture(hub.resolve(model, weights=False))
 
 
 def decode(

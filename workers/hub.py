@@ -1,8 +1,14 @@
-"""Where a model's files are: a directory, the bundled tiny-oss, or a download from a model hub."""
+"""Where a model's files are: a directory, the bundled tiny-oss, or a download from a model hub; and
+what those say that hold no weights."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from workers.architecture import Architecture, parse
 
 BUNDLED = Path(__file__).parent / "tiny_oss"
 ABILITIES = (  # what it says of itself
@@ -12,6 +18,10 @@ ABILITIES = (  # what it says of itself
 # What serving needs. Repositories of gpt-oss hold the same weights in other layouts, too.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 CONFIGURATION = ["config.json", "generation_config.json"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served; the message names the tensor and the file."""
 
 
 class NoModel(ValueError):
@@ -48,3 +58,23 @@ def resolve(model: str, revision: str = "main", weights: bool = True) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise NoModel(f"{model} could not be downloaded: {first[0]}") from error
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return found
+
+
+def architecture(directory: Path) -> Architecture:
+    """Of a checkpoint. Raises CheckpointError, UnsupportedModel."""
+    generation = directory / "generation_config.json"
+    return parse(
+        read_json(directory / "config.json"),
+        read_json(generation) if generation.exists() else None,
+    )

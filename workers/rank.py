@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
@@ -25,8 +23,8 @@ from parallelism.group import Group
 from parallelism.layers import Place
 from parallelism.layout import Layout
 from parallelism.placement import ExpertLoad, PlacementError
-from workers import weights
-from workers.architecture import Architecture, layout, parse
+from workers import hub, weights
+from workers.architecture import Architecture, layout
 from workers.capacity import (
     Capacity,
     capacity,
@@ -76,26 +74,6 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str] = []
 
 
-def read_json(file: Path) -> Mapping[str, Any]:
-    """A JSON object. Raises CheckpointError."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise weights.CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise weights.CheckpointError(f"{file} holds no JSON object")
-    return found
-
-
-def architecture(directory: Path) -> Architecture:
-    """Of a checkpoint. Raises CheckpointError, UnsupportedModel."""
-    generation = directory / "generation_config.json"
-    return parse(
-        read_json(directory / "config.json"),
-        read_json(generation) if generation.exists() else None,
-    )
-
-
 def dtypes(spec: ModelSpec) -> tuple[torch.dtype, torch.dtype]:
     """Of activations, and of keys and values."""
     dtype = DTYPES[spec.dtype]
@@ -121,7 +99,7 @@ class Rank:
 
     def __init__(self, spec: ModelSpec, rank: int = 0, engine: int = 0) -> None:
         self._spec, self._directory = spec, Path(spec.model)
-        self.architecture = arch = architecture(self._directory)
+        self.architecture = arch = hub.architecture(self._directory)
         self._layout = layout(arch, spec, rank, engine)
         self._placement = placement(spec, arch)
         self._layers = self._placement.layers if self._placement is not None else None

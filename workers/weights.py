@@ -23,15 +23,12 @@ from torch import Tensor, nn
 from parallelism.experts import Experts
 from parallelism.layers import Sharded
 from parallelism.shard import Slice
+from workers.hub import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SAMPLES, SAMPLE = 16, 1 << 12  # of a file, for its fingerprint: how many, of so many bytes
 MAX_HEADER = 100 << 20  # bytes, as in the format's own library
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; the message names the tensor and the file."""
 
 
 class Entry(msgspec.Struct):
