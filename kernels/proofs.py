@@ -73,6 +73,7 @@ class Context:
         return Ceilings(
             max(found["ceiling: HBM copy"], found["ceiling: HBM read"]) * 1e12,
             found["ceiling: bf16 product"] * 1e12,
+            found.get("ceiling: fp8 product", 0.0) * 1e12,
         )
 
 

@@ -82,7 +82,8 @@ def time_moe(c: Context, tokens: int, target: str = "", invariant: bool = False)
     x = c.randn(tokens, shape.hidden, dtype=torch.bfloat16)
     logits, slots = c.randn(tokens, shape.experts), torch.arange(tokens, device=c.device)
     ids, weights = ops.route(logits, shape.k, slots)
-    return timed(c, lambda: moe(x, ids, weights), roofline.moe_cost(shape, tokens), target)
+    cost = roofline.moe_cost(shape, tokens, moe.eight_bit)
+    return timed(c, lambda: moe(x, ids, weights), cost, target)
 
 
 def time_linear(c: Context, rows: int, depth: int, tokens: int, invariant: bool = False) -> Figure:
@@ -137,7 +138,8 @@ def time_step(c: Context, batch: int, target: str = "", invariant: bool = False)
         return ops.sample(logits, draws)
 
     seconds = roofline.measure(decode, flush=False)
-    least = roofline.step_seconds(shape, batch, context, c.ceilings)
+    eight_bit = layers[0].moe.eight_bit
+    least = roofline.step_seconds(shape, batch, context, c.ceilings, eight_bit)
     return Figure(1e3 * seconds, f"ms, {batch / seconds:.0f} tokens/s", least / seconds, target)
 
 

@@ -60,6 +60,7 @@ class Ceilings:
 
     bandwidth: float  # bytes/s
     flops: float  # bf16 operations/s
+    fp8: float = 0.0  # 8-bit operations/s; 0 where there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,11 @@ class Cost:
 
     bytes: float
     flops: float
+    eight_bit: bool = False  # of the operands, so that they are faster
 
     def seconds(self, ceilings: Ceilings) -> float:
-        return max(self.bytes / ceilings.bandwidth, self.flops / ceilings.flops)
+        peak = ceilings.fp8 if self.eight_bit and ceilings.fp8 else ceilings.flops
+        return max(self.bytes / ceilings.bandwidth, self.flops / peak)
 
 
 def touched(tokens: int, experts: int, k: int) -> float:
@@ -78,11 +81,11 @@ def touched(tokens: int, experts: int, k: int) -> float:
     return float(experts * (1 - (1 - k / experts) ** tokens))
 
 
-def moe_cost(shape: Shape, tokens: int) -> Cost:
+def moe_cost(shape: Shape, tokens: int, eight_bit: bool = False) -> Cost:
     """One layer's experts."""
     matrices = 3 * shape.hidden * shape.inner
     hit = touched(tokens, shape.experts, shape.k)
-    return Cost(hit * shape.expert_bytes, 2.0 * matrices * shape.k * tokens)
+    return Cost(hit * shape.expert_bytes, 2.0 * matrices * shape.k * tokens, eight_bit)
 
 
 def dense_cost(weights: int, tokens: int) -> Cost:
@@ -104,11 +107,13 @@ def attention_cost(
     return Cost(size * keys * shape.kv_heads * itemsize, 2 * size * visible * shape.heads)
 
 
-def step_seconds(shape: Shape, batch: int, context: int, ceilings: Ceilings) -> float:
+def step_seconds(
+    shape: Shape, batch: int, context: int, ceilings: Ceilings, eight_bit: bool = False
+) -> float:
     """The least time of a decode step."""
     rows = [(context - 1, 1)] * batch
     head = shape.hidden * shape.vocabulary
-    moe = shape.layers * moe_cost(shape, batch).seconds(ceilings)
+    moe = shape.layers * moe_cost(shape, batch, eight_bit).seconds(ceilings)
     dense = dense_cost(shape.layers * shape.dense + head, batch).seconds(ceilings)
     full, windowed = (attention_cost(shape, rows, window) for window in (0, shape.window))
     both = Cost(full.bytes + windowed.bytes, full.flops + windowed.flops)
@@ -150,6 +155,11 @@ class Moe:
             ops.pack(random_mxfp4(count, hidden, inner, device)),
             _normal(device, count, hidden),
         )
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether tensor cores multiply packed weights with 8-bit activations."""
+        return getattr(self.w13, "form", "") == "mxfp4 x mxfp8"
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rest = (0, 7.0, 1.702)

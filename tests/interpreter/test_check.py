@@ -184,6 +184,8 @@ def test_costs_by_hand() -> None:
     assert GPT_OSS_120B.expert_bytes == 13_219_200
     assert roofline.touched(1, 128, 4) == pytest.approx(4)
     assert roofline.touched(64, 128, 4) == pytest.approx(111, abs=0.3)
+    many = roofline.moe_cost(GPT_OSS_120B, 16_384, eight_bit=True)
+    assert many.seconds(h100) == 2 * many.seconds(replace(h100, fp8=2 * h100.flops))
     moe_one = roofline.moe_cost(GPT_OSS_120B, 1)
     assert moe_one.bytes == pytest.approx(52_876_800)
     assert moe_one.flops == 2 * 3 * 2880 * 2880 * 4
