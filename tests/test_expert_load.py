@@ -297,7 +297,7 @@ def test_the_command_makes_the_path_absolute(
 ) -> None:
     """Serving changes into a folder of its own."""
     asked: list[ServiceConfig] = []
-    monkeypatch.setattr(service, "serve", lambda config, on_ready: asked.append(config))
+    monkeypatch.setattr(service, "serve", lambda config, **how: asked.append(config))
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["serve", "--expert-placement", "p.json"])
     assert done.exit_code == 0, done.stderr
