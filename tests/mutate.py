@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
+from queue import SimpleQueue
 
 from tests.mutants import MUTANTS, Mutant
 
@@ -81,11 +82,19 @@ def main() -> int:
                 return 1
         began = time.monotonic()
 
-        def share(at: int) -> list[tuple[Mutant, str]]:
-            return [(each, verdict(each, copies[at])) for each in MUTANTS[at::WORKERS]]
+        idle: SimpleQueue[Path] = SimpleQueue()
+        for each in copies:
+            idle.put(each)
+
+        def judge(mutant: Mutant) -> tuple[Mutant, str]:
+            where = idle.get_nowait()  # there are as many as threads
+            try:
+                return mutant, verdict(mutant, where)
+            finally:
+                idle.put(where)
 
         with ThreadPoolExecutor(WORKERS) as pool:
-            results = [result for results in pool.map(share, range(WORKERS)) for result in results]
+            results = [*pool.map(judge, MUTANTS)]
     wrong = [(mutant, problem) for mutant, problem in results if problem]
     for mutant, problem in wrong:
         print(f"{mutant.file}: {mutant.why}\n  {mutant.text!r}\n  {mutant.test}: {problem}")

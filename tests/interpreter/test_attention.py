@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels import attention, configurations
@@ -34,6 +34,17 @@ class Paged:
     paged_attention = staticmethod(attention.paged_attention)
 
 
+@example(  # keys are split, and the sink counts once
+    dtype=torch.float32,
+    rows=[(150, 1)],
+    heads=(8, 1),
+    size=16,
+    block_size=16,
+    window=0,
+    span=32,
+    invariant=False,
+    kv_dtype=None,
+)
 @settings(max_examples=30)
 @given(
     dtype=st.sampled_from(list(TOLERANCE)),
