@@ -45,6 +45,7 @@ NODE = 120.0  # seconds for each of Ray's own processes to start; ten are usual 
 READY = 120.0  # seconds from deployed to answering
 POLL = 0.1
 WATCH = 5.0  # seconds between two looks whether the service is still there
+GONE = 60.0  # seconds that it may be missing
 EVERYONE = 1 << 20  # the engine's scheduler queues, not Serve
 PING_TIMEOUT = 15.0
 STORE = 100 << 20  # bytes of Ray's object store, which we hardly use
@@ -504,12 +505,20 @@ def _wait_until_ready(
 
 
 def _watch(name: str, stop: threading.Event) -> None:
-    """Until ``stop``. Raises StartupError, and RayError, where the service is there no longer."""
+    """Until ``stop``. Raises StartupError where the service is there no longer."""
     from ray import serve as ray_serve
+    from ray.exceptions import RayError
 
+    seen = time.monotonic()
     while not stop.wait(WATCH):
-        if name not in ray_serve.status().applications:
-            raise StartupError("the service is gone: somebody else has deleted it from Serve")
+        why: object = "somebody has deleted it from Serve"
+        try:
+            if name in ray_serve.status().applications:
+                seen = time.monotonic()
+        except RayError as error:  # Ray starts Serve's controller again when it dies
+            why = error
+        if time.monotonic() - seen > GONE:
+            raise StartupError(f"the service has been gone for {GONE:.0f} s: {why}")
 
 
 def _drain(name: str, hurry: threading.Event) -> None:

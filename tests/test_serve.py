@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import httpx
@@ -599,3 +600,34 @@ def test_preflight_refuses_before_ray_starts(tmp_path: Path, monkeypatch: Any) -
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(service.StartupError, match="'kernels' is installed"):
         service.preflight(ServiceConfig(models=(ModelSpec(),), port=port))
+
+
+def test_a_service_is_given_up_only_when_it_has_been_gone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve's controller may die, and start again."""
+    from ray import serve as ray_serve
+    from ray.exceptions import RayActorError
+
+    from cluster import service
+    from cluster.service import StartupError
+
+    monkeypatch.setattr(service, "WATCH", 0.01)
+    there = SimpleNamespace(applications={"moeray": None})
+    stop, looks = threading.Event(), 0
+
+    def status() -> SimpleNamespace:
+        nonlocal looks
+        looks += 1
+        if looks % 2:
+            raise RayActorError
+        if looks > 40:
+            stop.set()
+        return there
+
+    monkeypatch.setattr(ray_serve, "status", status)
+    service._watch("moeray", stop)
+    assert looks > 40
+    monkeypatch.setattr(service, "GONE", 0.0)
+    with pytest.raises(StartupError, match="has been gone"):
+        service._watch("another", threading.Event())
